@@ -1,0 +1,54 @@
+"""The command ``lightning-automl``: answers ``--help`` and a wrong sub-command before anything heavy is imported."""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from lightning_automl import __version__
+
+#: Every sub-command with what it does.
+COMMANDS = {
+    "fit": "train a network from a YAML file, validate it each epoch and test it once at the end",
+    "validate": "evaluate a run's best checkpoint on the validation split",
+    "test": "evaluate a run's best checkpoint on the test split",
+    "predict": "write the class probabilities of a run's best checkpoint to predictions.csv",
+}
+
+USAGE = """usage: lightning-automl COMMAND [--config FILE.yaml] [--dir DIR] [--dotted.key value ...]
+
+AutoML for image classification with PyTorch Lightning.
+
+commands:
+{commands}
+
+Every command leaves what it made in --dir (by default a new runs/NAME-N), and goes on with it when given again.
+`lightning-automl COMMAND --help` lists the keys of a command.
+
+examples:
+  lightning-automl fit --config configs/baseline/digits_cnn.yaml --dir runs/digits
+  lightning-automl fit --config configs/baseline/digits_cnn.yaml --model.init_args.optimizer.init_args.lr 0.01
+  lightning-automl test --dir runs/digits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status: 0 done, 1 the run failed, 2 a mistake in what was given."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        print(USAGE.format(commands=commands))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lightning-automl {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        near = get_close_matches(arguments[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"unknown command {arguments[0]!r}; {hint}known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    from lightning_automl.cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,562 @@
+"""The commands, built on LightningCLI. The one file that knows all others; imported after ``--help`` is answered."""
+
+import contextlib
+import csv
+import ctypes
+import io
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar  # noqa: F401  # EMA: short name in YAML
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import lightning_automl.augment
+import lightning_automl.data
+import lightning_automl.losses
+import lightning_automl.models
+import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
+from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
+from lightning_automl.mistakes import one_sentence, root_cause
+from lightning_automl.rundir import (
+    DiskFullError,
+    UserError,
+    differences,
+    environment,
+    lock,
+    new_directory,
+    read_json,
+    remove_partial_files,
+    summarise,
+    write_json,
+    write_text,
+)
+from lightning_automl.tasks.precision import fast_precision
+
+log = logging.getLogger("lightning_automl")
+
+#: The directory that rank 0 chose, for the ranks that Lightning starts from it.
+DIRECTORY_VARIABLE = "LIGHTNING_AUTOML_DIR"
+
+#: Keys that may differ when a run is continued. Those of ``GROWING`` may only grow.
+CHANGEABLE = {
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.max_time",
+    "test_after_fit",
+}
+GROWING = {"trainer.max_epochs", "trainer.max_steps"}
+
+#: Keys of a command that are not part of what a run is.
+NOT_KEPT = ("config", "dir", "ckpt_path", "weights_only", "verbose", "return_predictions", "data_split")
+
+
+def rank() -> int:
+    """Global rank of this process, 0 when it is the only one."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, in which a changed class starts from its own defaults."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # jsonargparse takes `--trainer.max_epoch` for `--trainer.max_epochs`; a misspelt key must be an error.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "exit_on_error": False})
+
+
+def start_changed_classes_from_their_defaults() -> None:
+    """Make jsonargparse forget the arguments of a class when another ``class_path`` takes its place.
+
+    By default it keeps those that the new class also accepts, so that SGD after AdamW would silently have AdamW's
+    weight decay. Guarded by ``tests/test_cli.py`` on the installed version (jsonargparse 4.53).
+    """
+    from jsonargparse import _typehints
+
+    def forget(parser_or_action: Any, previous: Any, value: Any) -> None:
+        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+            previous["init_args"] = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
+
+    _typehints.discard_init_args_on_class_path_change = forget
+
+
+class AutoMLCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` in a run directory.
+
+    Args:
+        args: The command line behind the program's name.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.arguments = list(args)
+        self.started = time.monotonic()
+        self.finished_before = False
+        self.claim: Any = None
+        self.directory: Path | None = None
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": 0, "logger": False, "max_epochs": 20},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own keys, and hand what the data know to the network and the task."""
+        parser.add_argument(
+            "--dir", type=str | None, default=None, help="Where everything goes; a new runs/NAME-N by default."
+        )
+        parser.add_argument(
+            "--monitor", type=str, default="val_accuracy", help="Metric that decides which epoch is the best."
+        )
+        parser.add_argument(
+            "--mode",
+            type=Literal["min", "max"] | None,
+            default=None,
+            help="Whether the monitored metric is to be small or large; by its name when left out.",
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="Open the test split once at the end of fit."
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int | None,
+            default=None,
+            help="Write last.ckpt also within an epoch, after so many batches.",
+        )
+        for source, target in (
+            ("num_classes", "num_classes"),
+            ("num_classes", "model.init_args.num_classes"),
+            ("channels", "model.init_args.in_channels"),
+            ("image_size", "model.init_args.image_size"),
+        ):
+            parser.link_arguments(
+                "data",
+                f"model.init_args.{target}",
+                compute_fn=self._from_data(source, f"model.init_args.{target}"),
+                apply_on="instantiate",
+            )
+
+    def _from_data(self, attribute: str, target: str) -> Callable[[Any], Any]:
+        """What the data say about ``attribute``; what the user gave for ``target`` when they say nothing."""
+
+        def known(data: Any) -> Any:
+            given = self._get(self.config, target)
+            found = getattr(data, attribute, None)
+            if found is None:
+                return given
+            if attribute == "num_classes" and given is not None and given != found:
+                raise UserError(
+                    f"{target} is {given}, but the data have {found} classes; leave it out, it is taken from the data"
+                )
+            return found
+
+        return known
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look whether the directory that was given takes this run; nothing is written yet."""
+        self.config = parser.parse_args(self.arguments)
+        self.subcommand = self.config.subcommand
+        config = self.config[self.subcommand]
+        given = config.dir
+        if given is None and rank() > 0:
+            given = os.environ.get(DIRECTORY_VARIABLE)
+        if given is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("several processes were started from outside without --dir; give one, the same to all")
+        self.directory = None if given is None else Path(given)
+        if self.directory is not None and rank() == 0:
+            self._check_directory(self.directory, config)
+
+    def _check_directory(self, directory: Path, config: jsonargparse.Namespace) -> None:
+        self.claim = lock(directory)
+        remove_partial_files(directory)
+        if self.subcommand != "fit":
+            return
+        saved = directory / "config.yaml"
+        if not saved.exists():
+            strange = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+            if set(strange) - {"log.txt"}:
+                raise UserError(
+                    f"{directory} is not a run directory and not empty (it holds {strange[0]}); give another --dir"
+                )
+            return
+        if not (directory / "checkpoints" / "last.ckpt").exists():
+            return  # nothing was trained yet: a corrected command may take the place of the first
+        before = yaml.safe_load(saved.read_text())
+        if config.seed_everything is True:
+            config.seed_everything = before["seed_everything"]
+        grown = check_continuation(directory, before, yaml.safe_load(self.dump()))
+        summary = read_json(directory / "summary.json")
+        if summary and summary["status"] == "finished":
+            self.finished_before = not grown
+            if grown:
+                # Until it ends again the run is not finished; what it cost so far is kept.
+                summarise(directory, "fit", "failed", reason="not finished: continued with larger limits")
+
+    def _settle(self) -> Path:
+        """Make the directory if none was given, and write down there what the run is."""
+        if self.directory is None:
+            name = "fit" if self.subcommand == "fit" else str(self.subcommand)
+            files = self._get(self.config, "config")
+            self.directory = new_directory(Path(str(files[-1])).stem if files else name)
+            self.claim = lock(self.directory)
+        if rank() == 0:
+            os.environ[DIRECTORY_VARIABLE] = str(self.directory)
+            if self.subcommand == "fit":
+                write_text(self.directory / "config.yaml", self.dump())
+        return self.directory
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, without the directory: what a run is."""
+        config = self.config[self.config.subcommand].clone()
+        for key in NOT_KEPT:
+            config.pop(key, None)
+        return str(self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True))
+
+    def instantiate_classes(self) -> None:
+        """Build the parts; a value that one of them refuses is the user's mistake."""
+        if self.finished_before:
+            return
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            # jsonargparse reports whatever a constructor raises as a ValueError of many lines.
+            cause = root_cause(error)
+            if isinstance(cause, UserError):
+                raise cause from error
+            if isinstance(cause, ValueError | TypeError | FileNotFoundError | MisconfigurationException):
+                raise UserError(one_sentence(cause, self.known_parser())) from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with what a run directory and the fast path need; what the user set stays."""
+        config = self._get(self.config_init, "trainer")
+        directory = self._settle()
+        self.writer = RunWriter(
+            directory,
+            self._get(self.config, "monitor"),
+            self._get(self.config, "mode"),
+            self._get(self.config, "checkpoint_every_n_steps"),
+        )
+        callbacks = [*_as_list(config["callbacks"]), self.writer]
+        if getattr(self.datamodule, "batch_size", None) == "auto":
+            callbacks.append(BatchSizeProbe())
+        if config["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = sys.stderr.isatty()
+            if sys.stderr.isatty():
+                callbacks.append(RichProgressBar())
+        if config["precision"] is None:
+            kwargs["precision"] = fast_precision(self.model, _device_of(config["accelerator"]))
+        if self.subcommand == "predict":
+            kwargs["devices"] = 1  # the rows of predictions.csv are in the order of the split
+        return super().instantiate_trainer(
+            default_root_dir=str(directory),
+            enable_checkpointing=None,
+            enable_model_summary=bool(config["enable_model_summary"]),
+            plugins=[*_as_list(config["plugins"]), AtomicCheckpointIO()],
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert self.directory is not None
+        if self.finished_before:
+            summary = read_json(self.directory / "summary.json")
+            print(f"{self.directory} is finished: {_shown(summary['metrics'])}; larger limits would continue it")
+            return
+        with logging_to(self.directory / "log.txt"):
+            try:
+                super()._run_subcommand(subcommand)
+            except BaseException as error:
+                self._note_failure(self.directory, error)
+                raise
+
+    def _note_failure(self, directory: Path, error: BaseException) -> None:
+        if rank() != 0 or self.subcommand != "fit":
+            return
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        reason = "interrupted" if interrupted else one_sentence(error, self.known_parser())
+        with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
+            if not interrupted and not isinstance(root_cause(error), UserError):
+                log.debug("%s", traceback.format_exc())
+            summarise(directory, "fit", "failed", seconds=self.seconds(), reason=reason)
+
+    def known_parser(self) -> LightningArgumentParser | None:
+        """The parser of the sub-command, as soon as there is one."""
+        return getattr(self, "_subcommand_parsers", {}).get(getattr(self, "arguments", [""])[0])
+
+    def seconds(self) -> float:
+        """Wall time of this command so far."""
+        return time.monotonic() - self.started
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train from the start or from ``last.ckpt``, then open the test split once."""
+        if rank() == 0:
+            self._describe()
+        last = self.writer.last_checkpoint
+        kwargs["ckpt_path"] = str(last) if last.exists() else kwargs.get("ckpt_path")
+        kwargs["weights_only"] = True
+        if last.exists():
+            log.info("going on from %s", last)
+        self.trainer.fit(**kwargs)
+        if self.trainer.received_sigterm or self.trainer.interrupted:
+            raise KeyboardInterrupt
+        best = self.writer.best or {}
+        metrics = {name: value for name, value in best.items() if name.startswith(("train_", "val_"))}
+        if best:
+            metrics["best_epoch"] = best["epoch"]
+        opened = 0
+        if self._get(self.config, "test_after_fit") and self._has_test_data():
+            metrics |= self._evaluate(self.trainer.test, verbose=False)
+            opened = 1
+        self._finish(metrics, opened)
+
+    def _has_test_data(self) -> bool:
+        data: Any = self.datamodule if self.datamodule is not None else self.model
+        return type(data).test_dataloader not in (LightningDataModule.test_dataloader, LightningModule.test_dataloader)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate the best checkpoint on the validation split."""
+        self._finish(self._evaluate(self.trainer.validate, **kwargs), 0)
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate the best checkpoint on the test split."""
+        self._finish(self._evaluate(self.trainer.test, **kwargs), 1)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write ``predictions.csv``: row, label, predicted class and probability of each class."""
+        kwargs |= {"ckpt_path": self._checkpoint(kwargs), "weights_only": True, "return_predictions": True}
+        batches = self.trainer.predict(**kwargs)
+        assert batches is not None
+        probabilities = torch.cat([batch for batch in batches if isinstance(batch, torch.Tensor)])
+        data: Any = self.datamodule
+        write_text(self.writer.directory / "predictions.csv", _predictions_table(data, probabilities))
+        log.info("%d predictions in %s", len(probabilities), self.writer.directory / "predictions.csv")
+        on_test = getattr(data, "predict_split", "test") == "test"
+        self._finish({}, int(on_test), {"predictions": "predictions.csv"})
+
+    def _evaluate(self, evaluate: Callable[..., Any], **kwargs: Any) -> dict[str, float]:
+        kwargs |= {"model": self.model, "ckpt_path": self._checkpoint(kwargs), "weights_only": True}
+        if self.datamodule is not None:
+            kwargs["datamodule"] = self.datamodule
+        return {name: value for metrics in evaluate(**kwargs) for name, value in metrics.items()}
+
+    def _checkpoint(self, kwargs: dict[str, Any]) -> str:
+        path = Path(kwargs.get("ckpt_path") or self.writer.best_checkpoint)
+        if not path.exists():
+            raise UserError(f"{path} does not exist: no epoch of this run was finished; give the fit command again")
+        return str(path)
+
+    def _finish(self, metrics: dict[str, float], opened: int, artefacts: dict[str, str] | None = None) -> None:
+        if rank() != 0:
+            return
+        directory = self.writer.directory
+        left = {path.stem: path.name for path in sorted(directory.glob("*.png"))}
+        if self.writer.best_checkpoint.exists():
+            left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))
+        if (directory / "metrics.csv").exists():
+            left["metrics"] = "metrics.csv"
+        summarise(
+            directory,
+            str(self.subcommand),
+            "finished",
+            metrics=metrics,
+            seconds=self.seconds(),
+            opened=opened,
+            artefacts=left | (artefacts or {}),
+        )
+        if metrics:
+            log.info("%s: %s", directory, _shown(metrics))
+
+    def _describe(self) -> None:
+        """Write ``environment.json``; a continued run adds to it when it goes on with other versions or hardware."""
+        path = self.writer.directory / "environment.json"
+        now = {**environment(self._get(self.config, "seed_everything")), "precision": str(self.trainer.precision)}
+        before = read_json(path)
+        if before is not None:
+            changed = [key for key in ("versions", "hardware", "precision", "commit") if before.get(key) != now[key]]
+            if changed:
+                log.warning(
+                    "continued with other %s: the result may differ from an uninterrupted run", ", ".join(changed)
+                )
+            now = {**before, "continued": [*before.get("continued", []), now]}
+        write_json(path, now)
+
+
+def check_continuation(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a limit of a run has grown since it was started.
+
+    Raises:
+        UserError: If anything else differs, or a limit has shrunk; the first difference is shown.
+    """
+    changes = differences(before, now)
+    for key, (old, new) in changes.items():
+        limit = key.removesuffix(".hours")
+        if key in GROWING and _limit(new) < _limit(old):
+            raise UserError(f"{directory} was started with {key}={old}, now it is {new}; limits can only grow")
+        if key not in GROWING and not any(limit == name or limit.startswith(name + ".") for name in CHANGEABLE):
+            raise UserError(
+                f"{directory} was started with {key}={old}, now it is {new}; "
+                "give the former value to continue it, or another --dir to start anew"
+            )
+    return any(key in GROWING or key.startswith("trainer.max_time") for key in changes)
+
+
+def _limit(value: int | None) -> float:
+    return float("inf") if value is None or value < 0 else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _device_of(accelerator: Any) -> str:
+    if accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available()):
+        return "cuda" if torch.cuda.is_available() else "mps"
+    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return "mps"
+    return "cpu"
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    names = [name for name in metrics if name.startswith("test_")] or [n for n in metrics if n.startswith("val_")]
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in names)
+
+
+def _predictions_table(data: Any, probabilities: torch.Tensor) -> str:
+    classes = getattr(data, "class_names", None) or [str(index) for index in range(probabilities.shape[1])]
+    rows = data.split_rows[data.predict_split] if hasattr(data, "split_rows") else None
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["image", "label", "predicted", *(f"probability_{name}" for name in classes)])
+    for index, row in enumerate(probabilities.tolist()):
+        image, label = (
+            (index, "") if rows is None else (data.contents.names[rows[index]], data.contents.labels[rows[index]])
+        )
+        label = label if label == "" else classes[int(label)]
+        writer.writerow([image, label, classes[max(range(len(row)), key=row.__getitem__)], *(f"{p:.6g}" for p in row)])
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send the messages of this package, of Lightning and of ``warnings`` to ``path`` and the terminal, on rank 0."""
+    if rank() != 0:
+        warnings.simplefilter("ignore")
+        yield
+        return
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    to_terminal = logging.StreamHandler()
+    to_terminal.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    # Lightning 2.6.6 calls what torch 2.14 deprecates, at every batch structure that it looks at.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
+    log.setLevel(logging.DEBUG)
+    sinks: dict[logging.Logger, tuple[logging.Handler, ...]] = {log: (to_file, to_terminal)}
+    sinks |= {logging.getLogger(name): (to_file,) for name in ("lightning.pytorch", "py.warnings")}
+    for logger, handlers in sinks.items():
+        for handler in handlers:
+            logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers in sinks.items():
+            for handler in handlers:
+                logger.removeHandler(handler)
+        to_file.close()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of giving them back to the kernel after every step.
+
+    Each step would otherwise pay the page faults of all its activations again; ``benchmarks/training_overhead`` has the
+    measurement. Does nothing on other C libraries.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        for parameter in (threshold, trim):
+            library.mallopt(parameter, 1 << 30)
+
+
+def with_saved_config(arguments: list[str]) -> list[str]:
+    """Let a command on an existing run directory read the configuration that is kept there.
+
+    Raises:
+        UserError: If ``validate``, ``test`` or ``predict`` is given a directory that is no run directory.
+    """
+    command, *rest = arguments
+    if any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in rest):
+        return arguments
+    directory = None
+    for index, argument in enumerate(rest):
+        if argument == "--dir" and index + 1 < len(rest):
+            directory = Path(rest[index + 1])
+        elif argument.startswith("--dir="):
+            directory = Path(argument.removeprefix("--dir="))
+    if directory is None:
+        if command != "fit":
+            raise UserError(f"{command} needs the directory of a run; give --dir")
+        return arguments
+    config = directory / "config.yaml"
+    if config.exists():
+        return [command, "--config", str(config), *rest]
+    if command != "fit":
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml; give the --dir of a fit")
+    return arguments
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status: 0 done, 1 the run failed, 2 a mistake in what was given."""
+    keep_freed_memory()
+    start_changed_classes_from_their_defaults()
+    # Lightning's advertisements and hints about its own services are not messages of the run.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    cli = AutoMLCLI.__new__(AutoMLCLI)  # its parser is wanted when the constructor fails
+    try:
+        cli.__init__(with_saved_config(arguments))  # type: ignore[misc]
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (UserError, jsonargparse.ArgumentError) as error:
+        return _complain(one_sentence(error, cli.known_parser()), 2)
+    except DiskFullError as error:
+        return _complain(str(error.strerror), 1)
+    except MisconfigurationException as error:
+        return _complain(one_sentence(error, cli.known_parser()), 2)
+    except Exception as error:
+        if isinstance(root_cause(error), UserError):
+            return _complain(str(root_cause(error)), 2)
+        if rank() == 0:
+            traceback.print_exc()
+        return _complain(one_sentence(error, cli.known_parser()), 1)
+    return 0
+
+
+def _complain(sentence: str, status: int) -> int:
+    if rank() == 0:
+        print(f"lightning-automl: {sentence}", file=sys.stderr)
+    return status

@@ -1,0 +1,18 @@
+"""Data modules: labelled images in memory, batches by one index operation."""
+
+from lightning_automl.data.arrays import ArraysDataModule
+from lightning_automl.data.base import ImageDataModule, Index, InMemoryImages
+from lightning_automl.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lightning_automl.data.digits import DigitsDataModule
+from lightning_automl.data.folder import FolderDataModule
+
+__all__ = [
+    "ArraysDataModule",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "FolderDataModule",
+    "ImageDataModule",
+    "InMemoryImages",
+    "Index",
+]

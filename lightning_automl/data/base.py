@@ -1,0 +1,468 @@
+"""What all data modules share: splits, images in memory, order and augmentation that follow the training position."""
+
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_automl.augment.ops import random_crop, random_crop_flip
+from lightning_automl.data.samplers import EvalSampler, OverfitSampler, TrainSampler, mix
+from lightning_automl.data.splits import make_splits
+from lightning_automl.rundir import UserError
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+
+_VALUES_AT_ONCE = 2**24  # pixels that are read and converted together, 128 MB as float64
+_WINDOW_IMAGES = 1024
+_WINDOW_VALUES = 2**22  # per channel
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known about the images before any is decoded.
+
+    Args:
+        labels: Class ``(images,)`` of each image, int64 in [0, classes).
+        class_names: One name a class.
+        channels: Number of channels.
+        image_size: Height and width, in pixels.
+        names: What to call each image in messages: a file name, or ``train[12]``.
+        splits: ``"train"``, ``"val"``, ``"test"`` or ``""`` for each image, if the data bring such splits.
+        groups: A value for each image; images of one group (a patient, a slide) stay in one split.
+    """
+
+    labels: NDArray[np.int64]
+    class_names: list[str]
+    channels: int
+    image_size: tuple[int, int]
+    names: Sequence[str]
+    splits: NDArray[np.str_] | None = None
+    groups: NDArray[Any] | None = None
+
+
+class InMemoryImages(Dataset[Batch]):
+    """Images and labels; ``dataset[indices]`` is a whole batch by one index operation.
+
+    Args:
+        images: uint8 ``(images, height, width, channels)``: batches then are in the channels-last layout that
+            convolutions on CPUs want, which saves them a conversion that costs as much as all the rest.
+        labels: int64 ``(images,)``.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __getitem__(self, indices: Tensor | int) -> Batch:
+        if isinstance(indices, int):
+            return self.images[indices].permute(2, 0, 1), self.labels[indices]
+        return self.images.index_select(0, indices).permute(0, 3, 1, 2), self.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class _Loader(DataLoader[Batch]):
+    """A loader that Lightning takes as resumable; what is to be resumed is in the data module's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Labelled images, kept in memory as uint8; batches are ``(images, labels)``.
+
+    From the loaders ``images`` are uint8 ``(batch, channels, height, width)``; on the device they are augmented (in
+    training only) and become float in [0, 1]. Order and augmentation are functions of (seed, epoch, batch, rank) alone,
+    so that a run resumed from any checkpoint, in mid-epoch too, equals an uninterrupted one. The loaders shard by rank
+    themselves; validation and test see every image exactly once.
+
+    A subclass says what there is in :meth:`index` and brings images in :meth:`read`; it sets what these need before it
+    calls ``super().__init__(**kwargs)``::
+
+        class NoiseDataModule(ImageDataModule):
+            def __init__(self, images: int = 100, **kwargs: Any) -> None:
+                self.labels = np.arange(images) % 2
+                super().__init__(**kwargs)
+
+            def index(self) -> Index:
+                names = [f"noise[{row}]" for row in range(len(self.labels))]
+                return Index(self.labels, ["a", "b"], channels=1, image_size=(8, 8), names=names)
+
+            def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+                return np.random.default_rng(0).integers(0, 256, (len(rows), 1, 8, 8), dtype=np.uint8)
+
+    Right after construction there are ``num_classes``, ``class_names``, ``channels``, ``image_size`` (height, width),
+    ``split_rows`` (rows of the index by split) and ``class_counts`` (int64 ``(classes,)`` of the train split). After
+    :meth:`setup` there are also ``mean`` and ``std`` (float ``(channels,)``, of the train split in [0, 1]), ``window``
+    (float ``(channels, 2)``: what became 0 and 255, or None for 8-bit images) and ``leaks`` (pairs of names of
+    byte-identical images in different splits).
+
+    Args:
+        batch_size: Images a process takes in one step; ``auto`` starts at 128, and whoever tries batch sizes sets
+            ``device_batch_size`` before the loaders are made.
+        base_augment: Random shift by up to an eighth of the image with zeros from outside, and mirroring left to right.
+        train_policy: Maps uint8 ``(batch, channels, height, width)`` to the same; applied after ``base_augment``.
+        fold: Number of the fold, in [0, folds), that is the val split; train and val together are cut into ``folds``.
+        folds: Number of folds.
+        subset: Stratified share of the train split to train on, in (0, 1].
+        val_fraction: Share of the train split that becomes the val split, if the data bring none.
+        test_fraction: Share of all images that becomes the test split, if the data bring none.
+        split_seed: Decides about splits, folds and subset, independently of the run's seed.
+        sampling: ``balanced`` draws each class equally often, with replacement, instead of shuffling.
+        predict_split: Split that ``predict`` goes through, in order.
+
+    Raises:
+        UserError: If the data or an argument do not allow what was asked for.
+    """
+
+    num_classes: int
+    class_names: list[str]
+    channels: int
+    image_size: tuple[int, int]
+    split_rows: dict[str, NDArray[np.int64]]
+    class_counts: Tensor
+    mean: Tensor
+    std: Tensor
+    window: Tensor | None
+    leaks: list[tuple[str, str]]
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | Literal["auto"] = 128,
+        base_augment: Literal["none", "crop", "crop_flip"] = "none",
+        train_policy: Callable[[Tensor], Tensor] | None = None,
+        fold: int | None = None,
+        folds: int = 5,
+        subset: float | None = None,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
+        predict_split: Literal["train", "val", "test"] = "test",
+    ) -> None:
+        super().__init__()
+        _check_choice("base_augment", base_augment, ("none", "crop", "crop_flip"))
+        _check_choice("sampling", sampling, ("shuffle", "balanced"))
+        _check_choice("predict_split", predict_split, ("train", "val", "test"))
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise UserError(f"batch_size is {batch_size!r}; it must be a number of at least 1, or 'auto'")
+        self.batch_size = batch_size
+        self.device_batch_size = 128 if batch_size == "auto" else batch_size
+        self.base_augment = base_augment
+        self.train_policy = train_policy
+        self.sampling = sampling
+        self.predict_split = predict_split
+
+        contents = self.index()
+        _check_labels(contents)
+        self.contents = contents
+        self.class_names = list(contents.class_names)
+        self.num_classes = len(self.class_names)
+        self.channels = contents.channels
+        self.image_size = contents.image_size
+        self.split_rows = make_splits(
+            contents.labels,
+            self.class_names,
+            contents.splits,
+            contents.groups,
+            fold=fold,
+            folds=folds,
+            subset=subset,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=split_seed,
+        )
+        self.class_counts = torch.from_numpy(
+            np.bincount(contents.labels[self.split_rows["train"]], minlength=self.num_classes).astype(np.int64)
+        )
+        self.datasets: dict[str, InMemoryImages] = {}
+        self._newest: tuple[NDArray[np.int64], NDArray[Any]] | None = None  # rows, and what was read of them
+        self._start = (0, 0)  # epoch and batches of it done before this run
+        self._epoch: int | None = None  # of the newest train batch of this run
+        self._seed = 0
+
+    @abstractmethod
+    def index(self) -> Index:
+        """What there is, without decoding an image; called once, by the constructor."""
+
+    @abstractmethod
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Images ``(rows, channels, height, width)`` of these rows of the index: uint8, or to be windowed to 8 bits.
+
+        Called with many rows at a time, several times, always with the same dtype.
+        """
+
+    def close(self) -> None:
+        """Free what :meth:`read` kept for the next call; called when all images are in memory."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all images, measure the train split and look for images that are in two splits."""
+        if stage in (None, "fit"):
+            self._start, self._epoch = (0, 0), None
+        if not self.datasets:
+            self._read_all()
+
+    def _read_all(self) -> None:
+        self.window = self._measure_window()
+        for split, rows in self.split_rows.items():
+            labels = torch.from_numpy(self.contents.labels[rows])
+            self.datasets[split] = InMemoryImages(self._load(rows), labels)
+        self._newest = None
+        self.close()
+        self.mean, self.std = _mean_and_std(self.datasets["train"].images)
+        self.leaks = self._find_leaks()
+        size = sum(dataset.images.numel() for dataset in self.datasets.values())
+        counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in self.datasets.items())
+        log.info("%s images of %d classes are in memory (%.1f MB)", counts, self.num_classes, size / 1e6)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the train split in the order of the epoch, from the position of the checkpoint on."""
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        rank, world_size = self._rank()
+        dataset = self.dataset("train")
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = (OverfitSampler if overfit else TrainSampler)(
+            dataset.labels,
+            self.device_batch_size,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+            balanced=self.sampling == "balanced",
+            epoch=self._start[0],
+            done=self._start[1],
+        )
+        if self._start[1] >= len(sampler):
+            raise UserError(
+                f"the checkpoint was written after {self._start[1]} batches of an epoch that has {len(sampler)} now; "
+                "resume with the batch size and number of processes that the run was started with"
+            )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the val split, every image once over all ranks."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the test split, every image once over all ranks."""
+        return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Batches of ``predict_split``, in the order of the index."""
+        return self.eval_dataloader(self.predict_split)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Batch]:
+        """Batches of any split in the order of the index, not augmented, every image once over all ranks."""
+        rank, world_size = self._rank()
+        dataset = self.dataset(split)
+        return self._loader(
+            dataset, EvalSampler(len(dataset), self.device_batch_size, rank=rank, world_size=world_size)
+        )
+
+    def dataset(self, split: str) -> InMemoryImages:
+        """Images and labels of ``train``, ``val`` or ``test``, read when first needed."""
+        if not self.datasets:
+            self._read_all()
+        return self.datasets[split]
+
+    def state_dict(self) -> dict[str, int]:
+        """Position of the next train batch: epoch, and batches of it that are done."""
+        epoch, done = self._start
+        if self._epoch is not None and self.trainer is not None:
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            epoch, done = self._epoch, progress.processed  # not `ready`: a batch whose step failed is to be repeated
+            if done >= self.trainer.num_training_batches:
+                epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "done": done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next train loader start at the position of the checkpoint."""
+        self._start = (int(state_dict["epoch"]), int(state_dict["done"]))
+        self._epoch = None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seed torch by the position, so that dropout and augmentation do not depend on what ran before."""
+        if self.trainer is not None and self.trainer.training:
+            self._epoch = self.trainer.current_epoch
+            ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            torch.manual_seed(mix(self._seed, self._epoch, ready, self.trainer.global_rank))
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment in training, and turn uint8 into float in [0, 1]; a dict of batches is treated one by one."""
+        if isinstance(batch, dict):
+            return {key: self.on_after_batch_transfer(part, dataloader_idx) for key, part in batch.items()}
+        images, labels = batch
+        if images.dtype == torch.uint8:
+            if self.trainer is not None and self.trainer.training:
+                images = self.augment(images)
+            images = images.float().div_(255)
+            if self.trainer is not None:
+                images = self.trainer.precision_plugin.convert_input(images)  # for precision=16-true and the like
+        return images, labels
+
+    def augment(self, images: Tensor) -> Tensor:
+        """What training does to uint8 images ``(batch, channels, height, width)``."""
+        padding = max(1, min(self.image_size) // 8)
+        if self.base_augment == "crop":
+            images = random_crop(images, padding)
+        elif self.base_augment == "crop_flip":
+            images = random_crop_flip(images, padding)
+        return images if self.train_policy is None else self.train_policy(images)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, dataset: InMemoryImages, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
+        # Lightning advises worker processes, which would only add a copy of what is in memory
+        warnings.filterwarnings("ignore", "The '.*' does not have many workers")
+        on_cuda = torch.cuda.is_available() if self.trainer is None else self._device_type() == "cuda"
+        return _Loader(dataset, sampler=sampler, batch_size=None, collate_fn=_as_is, pin_memory=on_cuda)
+
+    def _device_type(self) -> str:
+        assert self.trainer is not None
+        return str(self.trainer.strategy.root_device.type)
+
+    def _read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        if self._newest is not None and np.array_equal(rows, self._newest[0]):
+            return self._newest[1]
+        images = self.read(rows)
+        shape = (len(rows), self.channels, *self.image_size)
+        assert images.shape == shape, f"{type(self).__name__}.read returned the shape {images.shape}, expected {shape}"
+        if images.dtype.kind == "f":
+            finite = np.isfinite(images).reshape(len(rows), -1).all(1)
+            if not finite.all():
+                name = self.contents.names[rows[int(finite.argmin())]]
+                raise UserError(f"image {name} contains NaN or infinite pixels; replace them or leave the image out")
+        self._newest = rows, images
+        return images
+
+    def _chunks(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        at_once = max(1, _VALUES_AT_ONCE // (self.channels * self.image_size[0] * self.image_size[1]))
+        return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+
+    def _load(self, rows: NDArray[np.int64]) -> Tensor:
+        images = torch.empty((len(rows), *self.image_size, self.channels), dtype=torch.uint8)
+        first = 0
+        for chunk in self._chunks(rows):
+            values = self._read(chunk)
+            if self.window is not None:
+                low, high = self.window.double().numpy()[:, :, None, None].swapaxes(0, 1)
+                values = np.clip((values - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
+            images[first : first + len(chunk)] = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 2, 3, 1)
+            first += len(chunk)
+        return images
+
+    def _measure_window(self) -> Tensor | None:
+        """The 0.5 and 99.5 percentile of each channel over the train split, or None if the images are 8-bit.
+
+        One window a channel, since the channels of a microscope or a satellite differ in range by orders of magnitude.
+        Taken from at most 1024 images and four million values a channel, drawn with a fixed seed.
+        """
+        rows = self.split_rows["train"]
+        kind = self._read(self._chunks(rows)[0]).dtype
+        if kind == np.uint8:
+            return None
+        generator = np.random.default_rng(0)
+        if len(rows) > _WINDOW_IMAGES:
+            rows = np.sort(generator.choice(rows, _WINDOW_IMAGES, replace=False))
+        each = _WINDOW_VALUES // len(rows)
+        drawn = []
+        for chunk in self._chunks(rows):
+            values = self._read(chunk).reshape(len(chunk), self.channels, -1)
+            if values.shape[2] > each:
+                values = np.take_along_axis(values, generator.integers(0, values.shape[2], (len(chunk), 1, each)), 2)
+            drawn.append(values.swapaxes(0, 1).reshape(self.channels, -1))
+        window = np.percentile(np.concatenate(drawn, axis=1).astype(np.float64), [0.5, 99.5], axis=1).T
+        flat = window[:, 0] == window[:, 1]
+        window[flat, 1] = window[flat, 0] + 1
+        told = ", ".join(f"{low:.6g} to {high:.6g}" for low, high in window)
+        log.info(
+            "%s images are windowed to 8 bits by the 0.5 and 99.5 percentile of the train split, per channel: %s",
+            kind,
+            told,
+        )
+        return torch.from_numpy(window.astype(np.float32))
+
+    def _find_leaks(self) -> list[tuple[str, str]]:
+        names = self.contents.names
+        first: dict[bytes, tuple[str, str]] = {}
+        leaks: list[tuple[str, str]] = []
+        told: list[str] = []
+        for split, dataset in self.datasets.items():
+            images = dataset.images.numpy()
+            for place, row in enumerate(self.split_rows[split]):
+                digest = blake2b(images[place], digest_size=16).digest()
+                home, name = first.setdefault(digest, (split, names[row]))
+                if home != split:
+                    leaks.append((name, names[row]))
+                    told.append(f"{name} ({home}) = {names[row]} ({split})")
+        if leaks:
+            shown = "; ".join(told[:_SHOWN])
+            more = f" and {len(leaks) - _SHOWN} more" if len(leaks) > _SHOWN else ""
+            log.warning("%d images of val or test are also in another split: %s%s", len(leaks), shown, more)
+        return leaks
+
+
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact mean and standard deviation ``(channels,)`` in [0, 1] of uint8 ``(images, height, width, channels)``.
+
+    From one histogram a channel, without a float copy. The deviation of a constant channel is given as 1.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    pixels = images.flatten(0, 2)
+    means, stds = [], []
+    for channel in range(pixels.shape[1]):
+        share = torch.bincount(pixels[:, channel], minlength=256).double() / len(pixels)
+        mean = (share * values).sum()
+        std = (share * (values - mean).square()).sum().sqrt()
+        means.append(mean)
+        stds.append(std if (share > 0).sum() > 1 else torch.ones_like(std))
+    return torch.stack(means).float(), torch.stack(stds).float()
+
+
+def _check_labels(contents: Index) -> None:
+    labels = contents.labels
+    if labels.ndim != 1:
+        raise UserError(f"labels have the shape {labels.shape}; one label an image is needed (no multi-label)")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"labels are of type {labels.dtype}; whole numbers are needed")
+    if not len(labels):
+        raise UserError("there is no image; give data with at least two classes")
+    classes = len(contents.class_names)
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(
+            f"image {contents.names[row]} has the label {labels[row]}; with {classes} classes "
+            f"labels are 0 to {classes - 1}"
+        )
+    if classes < 2:
+        raise UserError(f"there is only one class, {contents.class_names[0]!r}; a classifier needs at least two")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}; known: {', '.join(known)}")

@@ -1,0 +1,427 @@
+"""Image files: one folder a class, or a table of files and labels."""
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lightning_automl.data.base import ImageDataModule, Index
+from lightning_automl.rundir import UserError
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+_TIFF = (".tif", ".tiff")
+_SHOWN = 5
+_MOST_CHANNELS = 16
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_DEEP = ("I", "F")  # first letter of Pillow's modes with more than 8 bits
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+
+@dataclass(frozen=True)
+class _File:
+    """An image file and what its header says."""
+
+    path: Path
+    size: tuple[int, int] = (0, 0)  # height and width as shown
+    channels: int = 0
+    deep: bool = False  # more than 8 bits a channel
+    error: str = ""  # why it cannot be read
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A file that is to be read, and what folder or table say about it."""
+
+    path: Path
+    label: str
+    split: str = ""
+    group: str = ""
+
+
+class FolderDataModule(ImageDataModule):
+    """Image files in a folder.
+
+    Three layouts: one sub-folder a class; ``train/``, ``val/`` (or ``valid/``, ``validation/``) and ``test/`` above
+    such folders; or a table with the columns ``file`` and ``label``, and optionally ``group`` and ``split``. PNG, JPEG,
+    WebP, TIFF, BMP and the first frame of GIF; TIFF with any number of channels needs the package tifffile. Hidden
+    files and others are passed over. EXIF orientation is respected, palettes, CMYK and YCbCr become RGB,
+    black-and-white becomes grey, and transparency is dropped unless ``channels`` asks for it. Colour images with 16
+    bits a channel are read with 8, as Pillow does; grey ones, and TIFF that tifffile reads, keep theirs and are
+    windowed.
+
+    Args:
+        path: The folder.
+        labels: The table, a CSV file; ``labels.csv`` in the folder is found without it.
+        image_size: Height and width to resize all images to, or one number for both; needed if sizes differ. Images are
+            squashed, not cropped, with Pillow's bilinear filter, which averages when it makes them smaller.
+        channels: 1 (grey), 2 (grey and transparency), 3 (RGB) or 4 (RGB and transparency); needed if images differ.
+        skip_broken: Leave out files that cannot be read. To know them, every file is decoded when the index is made.
+        kwargs: See :class:`ImageDataModule`.
+
+    Raises:
+        UserError: If the folder is in no such layout, or files cannot be read or do not fit together.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        labels: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        skip_broken: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.path = path
+        self.labels = labels
+        if isinstance(image_size, int):
+            image_size = (image_size, image_size)
+        if image_size is not None and min(image_size) < 1:
+            raise UserError(f"image_size is {image_size}; it is height and width in pixels, for example [224, 224]")
+        if channels is not None and channels < 1:
+            raise UserError(f"channels is {channels}; known: 1, 2, 3, 4, or the number of a multi-channel TIFF")
+        self._wanted_size = image_size
+        self._wanted_channels = channels
+        self.skip_broken = skip_broken
+        super().__init__(**kwargs)
+
+    def index(self) -> Index:
+        """File names, labels, and the headers of the images."""
+        listed, class_names = self._list_files()
+        files = _in_threads(_read_header, [entry.path for entry in listed])
+        if self.skip_broken:
+            files = _in_threads(_check_decoding, files)
+        broken = [file for file in files if file.error]
+        if broken and not self.skip_broken:
+            raise UserError(_tell_broken(broken, len(files), Path(self.path)))
+        if broken:
+            log.warning("%d files that cannot be read are left out: %s", len(broken), _some(broken, Path(self.path)))
+            kept = [(entry, file) for entry, file in zip(listed, files, strict=True) if not file.error]
+            listed, files = [entry for entry, _ in kept], [file for _, file in kept]
+            if not files:
+                raise UserError(f"none of the {len(broken)} image files in {self.path} can be read")
+        size = self._wanted_size or _common_size(files, Path(self.path))
+        channels = self._wanted_channels or _common_channels(files, Path(self.path))
+        _check_depth(files, Path(self.path))
+        self._files = files
+        number = {name: label for label, name in enumerate(class_names)}
+        root = Path(self.path)
+        has_splits = any(entry.split for entry in listed)
+        has_groups = any(entry.group for entry in listed)
+        return Index(
+            labels=np.array([number[entry.label] for entry in listed], dtype=np.int64),
+            class_names=class_names,
+            channels=channels,
+            image_size=size,
+            names=[_relative(entry.path, root) for entry in listed],
+            splits=np.array([entry.split for entry in listed]) if has_splits else None,
+            # an image without a group is a group of its own
+            groups=np.array([entry.group or f"file {entry.path}" for entry in listed]) if has_groups else None,
+        )
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Images ``(rows, channels, height, width)``, uint8 or, where files have more bits, float32."""
+        size, channels = self.image_size, self.channels
+        files = [self._files[row] for row in rows]
+        results = _in_threads(lambda file: _decode_or_error(file, size, channels), files)
+        broken = [result for result in results if isinstance(result, _File)]
+        if broken:
+            raise UserError(_tell_broken(broken, len(files), Path(self.path)))
+        return np.stack([result for result in results if not isinstance(result, _File)])
+
+    def _list_files(self) -> tuple[list[_Listed], list[str]]:
+        root = Path(self.path)
+        if not root.is_dir():
+            raise UserError(f"there is no folder {self.path}; give the folder that holds the images")
+        if self.labels is not None:
+            table = Path(self.labels)
+            table = table if table.is_file() else root / self.labels
+            if not table.is_file():
+                raise UserError(f"there is no table {self.labels}, neither here nor in {self.path}")
+            return _list_table(table, root)
+        if (root / "labels.csv").is_file():
+            return _list_table(root / "labels.csv", root)
+        return _list_folders(root)
+
+
+def _list_folders(root: Path) -> tuple[list[_Listed], list[str]]:
+    folders = _subfolders(root)
+    split_folders = [folder for folder in folders if folder.name in SPLIT_FOLDERS]
+    if any(folder.name == "train" for folder in folders):
+        others = [folder.name for folder in folders if folder.name not in SPLIT_FOLDERS]
+        if others:
+            raise UserError(
+                f"{root} holds train/ and also {others[0]}/; known beside train/: val/, valid/, validation/, test/"
+            )
+    elif folders and len(split_folders) == len(folders):
+        raise UserError(f"{root} holds {', '.join(f'{folder.name}/' for folder in folders)} but no train/; add it")
+    else:
+        split_folders = []
+    above = {folder: SPLIT_FOLDERS[folder.name] for folder in split_folders} or {root: ""}
+    listed: list[_Listed] = []
+    passed_over = 0
+    for parent, split in above.items():
+        classes = _subfolders(parent)
+        if not classes:
+            raise UserError(
+                f"{parent} holds no folders; known layouts: one folder a class, train/ val/ test/ above such folders, "
+                "or a table labels.csv with the columns file and label"
+            )
+        for folder in classes:
+            files = [file for file in _walk(folder) if file.suffix.lower() in EXTENSIONS]
+            passed_over += sum(1 for _ in _walk(folder)) - len(files)
+            if not files:
+                raise UserError(f"the class folder {folder} holds no images; known: {', '.join(EXTENSIONS)}")
+            listed += [_Listed(file, folder.name, split) for file in files]
+    if passed_over:
+        log.info("%d files in %s that are no images are passed over", passed_over, root)
+    class_names = sorted({entry.label for entry in listed})
+    if len(class_names) == 1:
+        raise UserError(f"{root} holds one class folder, {class_names[0]!r}; a classifier needs at least two")
+    return listed, class_names
+
+
+def _list_table(table: Path, root: Path) -> tuple[list[_Listed], list[str]]:
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.DictReader(file, delimiter=delimiter)
+        columns = [column.strip() for column in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for needed in ("file", "label"):
+            if needed not in columns:
+                raise UserError(f"{table} has no column {needed!r}; it has {', '.join(columns) or 'nothing'}")
+        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    if not rows:
+        raise UserError(f"{table} has no rows; give one a file")
+    listed = []
+    lines: dict[str, int] = {}
+    for line, row in enumerate(rows, start=2):
+        name, label, split = row["file"], row["label"], row.get("split", "")
+        if not name or not label:
+            raise UserError(f"line {line} of {table} has no {'label' if name else 'file'}")
+        if split and split not in SPLIT_FOLDERS:
+            raise UserError(
+                f"line {line} of {table} has the unknown split {split!r}; known: {', '.join(SPLIT_FOLDERS)}"
+            )
+        if lines.setdefault(os.path.normpath(name), line) != line:
+            raise UserError(
+                f"{table} has {name!r} in line {lines[os.path.normpath(name)]} and line {line}; name it once"
+            )
+        path = root / name
+        if not path.is_file() and (table.parent / name).is_file():
+            path = table.parent / name
+        listed.append(_Listed(path, label, SPLIT_FOLDERS.get(split, ""), row.get("group", "")))
+    missing = [entry.path for entry in listed if not entry.path.is_file()]
+    if missing:
+        names = ", ".join(_relative(path, root) for path in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(f"{len(missing)} of {len(listed)} files in {table} do not exist in {root}: {names}{more}")
+    other = [entry.path.name for entry in listed if entry.path.suffix.lower() not in EXTENSIONS]
+    if other:
+        raise UserError(f"{other[0]} in {table} is of no known image type; known: {', '.join(EXTENSIONS)}")
+    class_names = sorted({entry.label for entry in listed})
+    if len(class_names) == 1:
+        raise UserError(f"{table} has only one label, {class_names[0]!r}; a classifier needs at least two")
+    return listed, class_names
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _walk(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    return found
+
+
+def _in_threads(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    # decoders release the interpreter's lock; headers wait for the disk
+    with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
+        return list(pool.map(function, arguments))
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _some(files: Sequence[_File], root: Path) -> str:
+    shown = ", ".join(f"{_relative(file.path, root)} ({file.error})" for file in files[:_SHOWN])
+    return shown + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
+
+
+def _tell_broken(broken: Sequence[_File], number: int, root: Path) -> str:
+    return (
+        f"{len(broken)} of {number} image files cannot be read: {_some(broken, root)}; "
+        "repair them, or set --data.init_args.skip_broken true to leave such files out"
+    )
+
+
+def _common_size(files: Sequence[_File], root: Path) -> tuple[int, int]:
+    if len({file.size for file in files}) == 1:
+        return files[0].size
+    small = min(files, key=lambda file: file.size[0] * file.size[1])
+    large = max(files, key=lambda file: file.size[0] * file.size[1])
+    raise UserError(
+        f"the images differ in size, from {small.size[0]} x {small.size[1]} ({_relative(small.path, root)}) to "
+        f"{large.size[0]} x {large.size[1]} ({_relative(large.path, root)}) pixels; "
+        "set --data.init_args.image_size to resize them, for example to 64"
+    )
+
+
+def _common_channels(files: Sequence[_File], root: Path) -> int:
+    examples = {file.channels: file for file in reversed(files)}
+    if len(examples) == 1:
+        return files[0].channels
+    told = ", ".join(f"{number} ({_relative(examples[number].path, root)})" for number in sorted(examples))
+    raise UserError(
+        f"the images differ in their number of channels: {told}; "
+        "set --data.init_args.channels to 1 for grey or 3 for colour"
+    )
+
+
+def _check_depth(files: Sequence[_File], root: Path) -> None:
+    examples = {file.deep: file for file in reversed(files)}
+    if len(examples) == 2:
+        raise UserError(
+            f"{_relative(examples[False].path, root)} has 8 bits a channel and {_relative(examples[True].path, root)} "
+            "more; save all images with the same number of bits"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow would decode a whole PNG to look for EXIF data behind the pixels
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _needs_tifffile(image: Image.Image) -> bool:
+    """Whether Pillow would show only the first page, or take the first of many channels for a grey image."""
+    samples = getattr(image, "tag_v2", {}).get(277, 1)
+    return image.format == "TIFF" and (getattr(image, "n_frames", 1) > 1 or samples != len(image.getbands()))
+
+
+def _read_header(path: Path) -> _File:
+    """Size, channels and depth without decoding the pixels."""
+    try:
+        if path.stat().st_size == 0:
+            return _File(path, error="the file is empty")
+        try:
+            with Image.open(path) as image:
+                if not _needs_tifffile(image):
+                    size = (image.height, image.width)
+                    size = size[::-1] if _orientation(image) in _ROTATED else size
+                    deep = image.mode.startswith(_DEEP)
+                    grey = deep or image.mode in ("1", "L", "LA", "La")
+                    return _File(path, size, channels=1 if grey else 3, deep=deep)
+        except (UnidentifiedImageError, SyntaxError):
+            if path.suffix.lower() not in _TIFF:
+                return _File(path, error="not an image of a known type")
+        pixels = _read_tiff(path)
+        return _File(path, pixels.shape[1:], channels=pixels.shape[0], deep=pixels.dtype != np.uint8)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder stumbles over
+        return _File(path, error=str(error) or type(error).__name__)
+
+
+def _read_tiff(path: Path) -> NDArray[Any]:
+    """Pixels ``(channels, height, width)`` of a TIFF file whose channels Pillow does not know."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a TIFF file with several channels or pages, which needs tifffile; pip install tifffile"
+        ) from error
+    with tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        axes, pixels = series.axes, np.asarray(series.asarray())
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3 and axes.endswith("S"):
+        pixels = pixels.transpose(2, 0, 1)
+    if pixels.ndim != 3 or pixels.shape[0] > _MOST_CHANNELS:
+        raise ValueError(f"axes {axes} of {series.shape}, and only flat images with at most {_MOST_CHANNELS} channels")
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * 255
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+
+
+def _check_decoding(file: _File) -> _File:
+    if file.error:
+        return file
+    result = _decode_or_error(file, file.size, file.channels)
+    return result if isinstance(result, _File) else file
+
+
+def _decode_or_error(file: _File, size: tuple[int, int], channels: int) -> NDArray[Any] | _File:
+    try:
+        return _decode(file, size, channels)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder stumbles over
+        return _File(file.path, error=str(error) or type(error).__name__)
+
+
+def _decode(file: _File, size: tuple[int, int], channels: int) -> NDArray[Any]:
+    """Pixels ``(channels, height, width)``."""
+    planes: Iterable[Image.Image]
+    try:
+        with Image.open(file.path) as image:
+            if _needs_tifffile(image):
+                raise UnidentifiedImageError
+            larger = 2 * max(size)  # libjpeg halves large images while decoding, several times as fast
+            image.draft(None, (larger, larger))
+            orientation = _orientation(image)
+            image.load()
+            shown = ImageOps.exif_transpose(image) if orientation != 1 else image
+            if file.deep:
+                planes = [shown.convert("F")]
+            else:
+                mode = _MODES.get(channels)
+                if mode is None:
+                    raise UserError(f"{file.path} cannot be read with {channels} channels; known: 1, 2, 3, 4")
+                planes = [_convert(shown, mode)]
+            pixels = [np.asarray(_resize(plane, size)) for plane in planes]
+    except (UnidentifiedImageError, SyntaxError):
+        if file.path.suffix.lower() not in _TIFF:
+            raise
+        raw = _read_tiff(file.path)
+        planes = [Image.fromarray(plane) for plane in raw]
+        pixels = [np.asarray(_resize(plane, size)) for plane in planes]
+    result = np.stack(pixels) if pixels[0].ndim == 2 else pixels[0].transpose(2, 0, 1)
+    if len(result) == 1 and channels != 1 and file.deep:
+        result = np.repeat(result, channels, axis=0)
+    if len(result) != channels:
+        raise UserError(f"{file.path} has {len(result)} channels and {channels} were asked for")
+    return result
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    if image.mode in ("P", "PA") or mode == "LA":  # not every pair of modes has a direct way
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if (image.height, image.width) == size:
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)

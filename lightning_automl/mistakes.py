@@ -1,0 +1,132 @@
+"""One sentence about a mistake, out of the many lines that a parser or a library says about it."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+#: What jsonargparse writes for types, and what a person would.
+TYPES = {"NoneType": "null", "bool": "true or false", "str": "a text", "int": "a whole number", "float": "a number"}
+TYPES |= {"list": "a list", "collections.abc.Sequence": "a list", "Sequence": "a list"}
+
+
+def one_sentence(error: BaseException, parser: Any = None) -> str:
+    """Say what was given, what is known and what to do, in one line.
+
+    Args:
+        error: Of jsonargparse (whose texts have up to twelve nested lines), of another library or our own.
+        parser: The parser of the sub-command, for the keys that it knows.
+
+    Returns:
+        A sentence without a line break; of an unknown error its text in one line.
+    """
+    text = str(error) or type(error).__name__
+    keys = ".".join(re.findall(r'Parser key "([^"]+)"', text))
+    classes = re.findall(r"Problem with given class_path '([^']+)'", text)
+
+    if found := re.search(r"[Uu]nrecognized arguments: --?([\w.-]+)|does not accept option '([^']+)'", text):
+        return _unknown(found[1] or found[2], "key", _keys(parser))
+    if found := re.search(r"File does not exist: '([^']+)'", text):
+        return f"{keys}: the file {found[1]} does not exist"
+    if found := re.search(r"Option '([^']+)' is not accepted", text):
+        if classes[-1].startswith(("lightning.", "torch.nn.Module")) and found[1].split(".")[0] in _SPECIFICATION:
+            return (
+                f"{keys} takes class_path and init_args and nothing beside them; look for a misspelt or misplaced key"
+            )
+        return _unknown(found[1], f"argument of {classes[-1].rsplit('.', 1)[-1]}:", _parameters(classes[-1]))
+    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+        return _unknown(found[1], f"class for {keys}:", _class_names())
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
+        return f"{keys}: {found[1]} is not a {found[2]}; known: {', '.join(_names_below(found[2]))}"
+    if found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text):
+        return f"{keys}: class_path {classes[-1] if classes else ''} cannot be imported: {found[1]}"
+    if found := re.search(r"arguments are required: (.+)", text):
+        whose = f" of {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
+        return f"missing: {found[1].removeprefix('fit.')}{whose}; give it in the config or on the command line"
+    if found := re.search(r"Expected (.+?)\. Got value: (.*)", text):
+        return f"{keys}: {found[2]!r} is not {_type_words([found[1]])}"
+    if found := re.search(r"Given value: (.*)", text):
+        expected = re.findall(r"^\s*- Expected (.+)$", text, re.MULTILINE)
+        return f"{keys}: {found[1]!r} is not {_type_words(expected)}" if expected else _one_line(text)
+    return _one_line(text)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What an exception was raised from, and that from, to the first; a ``raise ... from None`` ends the chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+_SPECIFICATION = ("class_path", "init_args", "init_arg", "dict_kwargs")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()[:500]
+
+
+def _unknown(name: str, kind: str, known: Iterable[str]) -> str:
+    """`unknown argument of ResNet: 'widht'; did you mean 'width'? known: depth, width`."""
+    names = sorted(set(known))
+    near = get_close_matches(name, names, 3, 0.6) or [each for each in names if each.rsplit(".", 1)[-1] == name][:3]
+    hint = f"; did you mean {' or '.join(repr(each) for each in near)}?" if near else ""
+    listed = f"{'' if hint else ';'} known: {', '.join(names)}" if names and len(names) <= 20 else ""
+    return f"unknown {kind} {name!r}{hint}{listed}"
+
+
+def _keys(parser: Any) -> Iterator[str]:
+    for action in getattr(parser, "_actions", ()):
+        yield from (option.lstrip("-") for option in action.option_strings)
+
+
+def _parameters(class_path: str) -> Iterator[str]:
+    """Names of the constructor's arguments, those of the parents included where a class passes on ``**kwargs``."""
+    module, name = class_path.rsplit(".", 1)
+    for base in inspect.getmro(getattr(import_module(module), name)):
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values() if "__init__" in vars(base) else ()
+        yield from (
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+        )
+        if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+
+
+def _class_names() -> Iterator[str]:
+    """Short names of every imported class that a YAML file may want."""
+    from lightning.pytorch import Callback, LightningDataModule
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    bases: tuple[type, ...] = (nn.Module, LightningDataModule, Callback, Optimizer, LRScheduler)
+    for base in bases:
+        yield from (found.__name__ for found in _below(base) if not found.__name__.startswith("_"))
+
+
+def _names_below(name: str) -> list[str]:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+    bases: dict[str, type] = {base.__name__: base for base in (Callback, LightningDataModule, LightningModule)}
+    return sorted(each.__name__ for each in _below(bases[name])) if name in bases else []
+
+
+def _below(base: type) -> Iterator[type]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _below(each)
+
+
+def _type_words(expected: list[str]) -> str:
+    """`a whole number or null` for what jsonargparse calls `<class 'int'>` and `<class 'NoneType'>`."""
+    words = []
+    for each in expected:
+        each = re.sub(r"^an? ", "", each)
+        if found := re.fullmatch(r"<class '([\w.]+)'>", each):
+            words.append(TYPES.get(found[1], f"a {found[1]}"))
+        elif found := re.fullmatch(r"(?:typing\.)?Literal\[(.+)\]", each):
+            words.append(f"one of {found[1]}")
+        else:
+            words.append(each)
+    return " or ".join(dict.fromkeys(words))

@@ -1,0 +1,70 @@
+"""Layers and checks that several networks share."""
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from lightning_automl.rundir import UserError
+
+Activation = Literal["relu", "gelu", "silu", "elu", "leaky_relu", "tanh"]
+Norm = Literal["batch", "group", "none"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+}
+
+
+def activation_layer(name: Activation) -> nn.Module:
+    """Build an activation.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
+    if name not in _ACTIVATIONS:
+        raise UserError(f"unknown activation {name!r}; known: {', '.join(_ACTIVATIONS)}")
+    # Not in place: hooks on the layer before, such as those of adapters and histograms, keep what they saw.
+    return _ACTIVATIONS[name]()
+
+
+def norm_layer(name: Norm, channels: int) -> nn.Module:
+    """Build a normalisation of images ``(batch, channels, height, width)``.
+
+    ``group`` is group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), which does not depend on the
+    other images of the batch. The paper has 32 groups for 64 channels and more; the networks here are narrower, so
+    there are 8, or as many as divide the channels.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
+    if name == "batch":
+        return nn.BatchNorm2d(channels)
+    if name == "group":
+        groups = next(groups for groups in (8, 7, 6, 5, 4, 3, 2, 1) if channels % groups == 0)
+        return nn.GroupNorm(groups, channels)
+    if name == "none":
+        return nn.Identity()
+    raise UserError(f"unknown norm {name!r}; known: {', '.join(get_args(Norm))}")
+
+
+def check_images(images: Tensor, channels: int, size: tuple[int, int] | None = None) -> None:
+    """Raise a UserError if images ``(batch, channels, height, width)`` are not what a network was built for."""
+    if images.ndim != 4:
+        raise UserError(
+            f"images have the shape {tuple(images.shape)}; the network takes (batch, channels, height, width)"
+        )
+    if images.shape[1] != channels:
+        raise UserError(
+            f"images have {images.shape[1]} channels, but the network was built for {channels}; "
+            f"set its in_channels to {images.shape[1]}"
+        )
+    height, width = images.shape[2:]
+    if size is not None and (height, width) != size:
+        raise UserError(
+            f"images have {height} x {width} pixels, but the network was built for {size[0]} x {size[1]}; "
+            f"set its image_size to [{height}, {width}]"
+        )

@@ -1,0 +1,181 @@
+"""Load the weights of a network from a file, a run directory or the web, never running code from it."""
+
+import logging
+import pickle
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from lightning_automl.rundir import UserError
+
+log = logging.getLogger(__name__)
+
+#: What wrappers put before the names of a network's tensors: DataParallel, LightningModules, torch.compile.
+_WRAPPERS = ("module.", "model.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a network and of a file.
+
+    Attributes:
+        matched: Names of the network's tensors that were loaded.
+        missing: Names of the network's tensors that the file did not fill; they keep the values that they had.
+        unused: Names of the file's tensors, as they are in the file, that went nowhere.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unused: list[str]
+
+
+def load_weights(model: nn.Module, path: str) -> LoadReport:
+    """Load weights into ``model``.
+
+    A classification head for another number of classes is left as it is: its names are then both among the missing and
+    among the unused. Batch norms' counters of batches, which older files lack and nothing reads, are not reported.
+
+    Args:
+        model: Network whose tensors are replaced, in place.
+        path: A ``.ckpt`` of Lightning, a run directory (its ``checkpoints/best.ckpt``), a ``.safetensors``, a ``.pt``,
+            ``.pth`` or ``.th`` with a state dict or ``{"state_dict": …}``, or the http(s) address of one of these
+            files, which is downloaded once into torch's hub cache.
+
+    Returns:
+        Which names were matched, missing and unused; also logged.
+
+    Raises:
+        UserError: If there is no such file, it cannot be read as tensors, or it is of another network.
+    """
+    given = _read(_download(path) if path.startswith(("http://", "https://")) else _find(path))
+    own = model.state_dict()
+    prefix = _common_prefix(own, given)
+    head = _head(model)
+    loaded: dict[str, Tensor] = {}
+    reshaped: list[str] = []
+    for name, value in own.items():
+        other = given.get(prefix + name)
+        if other is None:
+            continue
+        if other.shape == value.shape:
+            loaded[name] = other
+        elif name not in head or other.shape[1:] != value.shape[1:]:
+            reshaped.append(f"{name} {tuple(other.shape)} instead of {tuple(value.shape)}")
+    if not loaded or reshaped:
+        reason = (
+            f"tensors of another shape: {_some(reshaped)}"
+            if reshaped
+            else f"it has {_some(list(given))}, but the network has {_some(list(own))}"
+        )
+        raise UserError(
+            f"{path} is a checkpoint of another network ({reason}); build the network that it was saved from"
+        )
+    model.load_state_dict(loaded, strict=False)
+    report = LoadReport(
+        matched=list(loaded),
+        missing=[name for name in own if name not in loaded and not name.endswith("num_batches_tracked")],
+        unused=[name for name in given if name.removeprefix(prefix) not in loaded or not name.startswith(prefix)],
+    )
+    partial = set(report.missing) - head
+    log.log(
+        logging.WARNING if partial else logging.INFO,
+        "weights from %s: %d tensors matched, missing: %s, unused: %s",
+        path,
+        len(report.matched),
+        ", ".join(report.missing) or "none",
+        ", ".join(report.unused) or "none",
+    )
+    log.info("matched: %s", ", ".join(report.matched))
+    return report
+
+
+def _find(path: str) -> Path:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        best = file / "checkpoints" / "best.ckpt"
+        if not best.exists():
+            raise UserError(
+                f"{path} has no checkpoints/best.ckpt; give the directory of a run that has trained, or a file"
+            )
+        return best
+    if not file.exists():
+        raise UserError(f"there is no weight file {path}; give an existing file, a run directory or an http(s) address")
+    return file
+
+
+def _download(url: str) -> Path:
+    # The name alone is not enough: best.ckpt is everybody's.
+    name = Path(urlparse(url).path).name
+    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256(url.encode()).hexdigest()[:12]}-{name}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=False)  # written beside and renamed
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{url} could not be downloaded ({error}); is this machine offline? give a file that is already here"
+            ) from error
+    return file
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    known = (".ckpt", ".safetensors", ".pt", ".pth", ".th")
+    if file.suffix not in known:
+        raise UserError(f"{file} ends with none of {', '.join(known)}; give a weight file of one of these kinds")
+    content: Any
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler that meets foreign bytes raises whatever it stumbles over
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{file} holds more than tensors and plain values and is not read, since that would run code from it; "
+                "save the state dict alone"
+            ) from error
+        raise UserError(
+            f"{file} cannot be read as weights ({type(error).__name__}); it is damaged, or not what its name says"
+        ) from error
+    state: Any = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{file} holds no state dict; save model.state_dict(), or a dictionary with it as 'state_dict'")
+    return tensors
+
+
+def _common_prefix(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The chain of wrappers' names under which most of the network's names are found in the file."""
+    found: Counter[str] = Counter()
+    for name in given:
+        rest = name
+        while True:
+            if rest in own:
+                found[name.removesuffix(rest)] += 1
+            wrapper = next((wrapper for wrapper in _WRAPPERS if rest.startswith(wrapper)), None)
+            if wrapper is None:
+                break
+            rest = rest.removeprefix(wrapper)
+    return found.most_common(1)[0][0] if found else ""
+
+
+def _head(model: nn.Module) -> set[str]:
+    """The names of the tensors that make the logits: those of the last linear layer, else of the last convolution."""
+    for kind in (nn.Linear, nn.Conv2d):
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        if names:
+            return {f"{names[-1]}.{part}".removeprefix(".") for part in ("weight", "bias")}
+    return set()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

@@ -1,0 +1,6 @@
+"""LightningModules: how one run trains."""
+
+from lightning_automl.tasks.classification import ClassificationTask
+from lightning_automl.tasks.schedules import WarmupCosineLR
+
+__all__ = ["ClassificationTask", "WarmupCosineLR"]
