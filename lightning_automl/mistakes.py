@@ -113,9 +113,10 @@ def _names_below(name: str) -> list[str]:
 
 
 def _below(base: type) -> Iterator[type]:
-    for each in base.__subclasses__():
-        yield each
-        yield from _below(each)
+    subclasses: list[type] = base.__subclasses__()
+    for subclass in subclasses:
+        yield subclass
+        yield from _below(subclass)
 
 
 def _type_words(expected: list[str]) -> str:
