@@ -235,8 +235,9 @@ class _Cutter:
         result = np.sort(np.concatenate(kept)) if kept else rows[:0]
         counts = np.bincount(self.labels[result], minlength=len(self.class_names))
         if (counts == 0).any():
-            label = int((counts == 0).argmax())
-            number = int((self.labels[rows] == label).sum())
+            numbers = np.bincount(self.labels[rows], minlength=len(self.class_names))
+            label = min(np.flatnonzero(counts == 0), key=lambda empty: int(numbers[empty]))
+            number = int(numbers[label])
             least = math.ceil(100 / number) / 100
             raise UserError(
                 f"subset {share} leaves none of the {number} train images of class {self.class_names[label]!r}; "

@@ -246,7 +246,7 @@ def test_broken_pixels_are_found_when_they_are_decoded(folder):
         Image.fromarray(pixels).save(folder / "cat" / f"{number}.png")
         truncate(folder / "cat" / f"{number}.png")
     data = FolderDataModule(path=str(folder), test_fraction=0.1, val_fraction=0.1)
-    with pytest.raises(UserError, match="image files cannot be read: cat/.*and . more; repair them"):
+    with pytest.raises(UserError, match=r"image files cannot be read: cat/.*and . more; repair them"):
         data.setup("fit")
 
 
@@ -289,7 +289,7 @@ def test_mixed_channels_are_refused_with_an_example_of_each(folder):
 
 def test_mixed_depths_are_refused(folder):
     Image.fromarray(np.zeros((6, 8), np.uint16)).save(folder / "cat" / "deep.png")
-    with pytest.raises(UserError, match="cat/0.png has 8 bits a channel and cat/deep.png more; save all images"):
+    with pytest.raises(UserError, match=r"cat/0.png has 8 bits a channel and cat/deep.png more; save all images"):
         load(folder, channels=1)
 
 
@@ -308,7 +308,7 @@ def test_wrong_settings_are_refused(folder, settings, message):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*nowhere; give the folder that holds the images"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere; give the folder that holds the images"):
         load(tmp_path / "nowhere")
 
 
@@ -319,7 +319,7 @@ def test_an_empty_folder_is_refused_with_the_known_layouts(tmp_path):
 
 def test_a_class_folder_without_images_is_refused(folder):
     (folder / "bird").mkdir()
-    with pytest.raises(UserError, match="the class folder .*bird holds no images; known: .png"):
+    with pytest.raises(UserError, match=r"the class folder .*bird holds no images; known: .png"):
         load(folder)
 
 

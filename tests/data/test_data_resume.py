@@ -128,8 +128,7 @@ def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_never_ended(tmp_pa
     assert torch.equal(weights, expected)
 
 
-def test_a_second_fit_without_a_checkpoint_starts_at_the_beginning(tmp_path):
-    run(tmp_path, "batch", kill=4)
+def test_a_second_fit_without_a_checkpoint_starts_at_the_beginning():
     data = DigitsDataModule(batch_size=200)
     data.load_state_dict({"epoch": 2, "done": 3})
     assert len(list(data.train_dataloader())) == 4

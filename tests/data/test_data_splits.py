@@ -117,7 +117,7 @@ def test_a_subset_takes_whole_groups():
         ({"seed": -1}, "split_seed is -1; it must lie between 0 and 2147483647"),
         (
             {"fold": 0, "folds": 17},
-            "class 'c' has 16 images outside the test split, too few for 17 folds; use at most fo",
+            "class 'c' has 16 images outside the test split, too few for 17 folds; use at most",
         ),
         (
             {"fold": 0, "folds": 5, "groups": GROUPS},
@@ -136,13 +136,13 @@ def test_impossible_wishes_are_refused(settings, message):
         (
             [0] * 9 + [1],
             None,
-            "class 'b' has 1 image, too few to be in train, val and test; add images or leave the cl",
+            "class 'b' has 1 image, too few to be in train, val and test; add images or",
         ),
         ([0] * 9, None, "class 'b' has 0 images, too few to be in train, val and test"),
         (
             [0] * 9 + [1] * 9,
             [*range(9), *[9] * 4, *[10] * 5],
-            "class 'b' has 2 groups, too few to be in train, val and",
+            "class 'b' has 2 groups, too few to be in train, v",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_too_small_classes_are_refused(labels, groups, message):
 
 
 def test_a_class_too_small_for_any_folds_is_refused():
-    with pytest.raises(UserError, match="class 'b' has 1 image outside the test split.*it needs at least 2 images"):
+    with pytest.raises(UserError, match=r"class 'b' has 1 image outside the test split.*it needs at least 2 images"):
         make_splits(np.array([0] * 20 + [1] * 2), ["a", "b"], fold=0, folds=2)
 
 
@@ -161,9 +161,7 @@ def test_a_class_too_small_for_any_folds_is_refused():
 def test_an_official_split_without_a_class_is_refused(split):
     official = np.array(["train", "val", "test"] * 66 + ["train", "val"])
     official[(LABELS == 2) & (official == split)] = "val" if split == "train" else "train"
-    with pytest.raises(
-        UserError, match=f"class 'c' has no image in the {split} split; every split needs images of eve"
-    ):
+    with pytest.raises(UserError, match=f"class 'c' has no image in the {split} split; every split needs images"):
         make_splits(LABELS, NAMES, official)
 
 
@@ -176,9 +174,7 @@ def test_official_splits_without_train_or_with_unknown_names_are_refused():
 
 def test_a_group_in_two_official_splits_is_refused():
     official = np.array(["train", "test"] * 100)
-    with pytest.raises(
-        UserError, match="group '0' is in the train split and in the test split; put all images of a gro"
-    ):
+    with pytest.raises(UserError, match="group '0' is in the train split and in the test split; put all images"):
         make_splits(LABELS, NAMES, official, GROUPS)
 
 
