@@ -30,6 +30,7 @@ import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
 from lightning_automl.mistakes import one_sentence, root_cause
+from lightning_automl.parser import Parser, adapt_jsonargparse
 from lightning_automl.rundir import (
     DiskFullError,
     UserError,
@@ -69,29 +70,6 @@ NOT_KEPT = ("config", "dir", "ckpt_path", "weights_only", "verbose", "return_pre
 def rank() -> int:
     """Global rank of this process, 0 when it is the only one."""
     return int(getattr(rank_zero_only, "rank", 0))
-
-
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser, in which a changed class starts from its own defaults."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # jsonargparse takes `--trainer.max_epoch` for `--trainer.max_epochs`; a misspelt key must be an error.
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "exit_on_error": False})
-
-
-def start_changed_classes_from_their_defaults() -> None:
-    """Make jsonargparse forget the arguments of a class when another ``class_path`` takes its place.
-
-    By default it keeps those that the new class also accepts, so that SGD after AdamW would silently have AdamW's
-    weight decay. Guarded by ``tests/test_cli.py`` on the installed version (jsonargparse 4.53).
-    """
-    from jsonargparse import _typehints
-
-    def forget(parser_or_action: Any, previous: Any, value: Any) -> None:
-        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
-            previous["init_args"] = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
-
-    _typehints.discard_init_args_on_class_path_change = forget
 
 
 class AutoMLCLI(LightningCLI):
@@ -531,7 +509,7 @@ def with_saved_config(arguments: list[str]) -> list[str]:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 the run failed, 2 a mistake in what was given."""
     keep_freed_memory()
-    start_changed_classes_from_their_defaults()
+    adapt_jsonargparse()
     # Lightning's advertisements and hints about its own services are not messages of the run.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -38,6 +38,8 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
         return _unknown(found[1], f"argument of {classes[-1].rsplit('.', 1)[-1]}:", _parameters(classes[-1]))
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return _unknown(found[1], f"class for {keys}:", _class_names())
+    if found := re.search(r"Multiple subclasses with name .+?: (.+)\.", text):
+        return f"{keys}: several classes have this name; give the full path, one of {found[1]}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
         return f"{keys}: {found[1]} is not a {found[2]}; known: {', '.join(_names_below(found[2]))}"
     if found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text):

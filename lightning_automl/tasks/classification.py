@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from lightning_automl.augment import normalize
 from lightning_automl.metrics import StageOutputs, classification_metrics
 from lightning_automl.rundir import UserError
 
@@ -140,7 +141,7 @@ class ClassificationTask(LightningModule):
         """Map images ``(batch, channels, height, width)``, float in [0, 1] or uint8, to logits."""
         if not images.is_floating_point():
             images = images / 255
-        images = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
+        images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
         logits: Tensor = self.model(images)
         return logits
 

@@ -1,0 +1,47 @@
+"""LightningCLI's parser with what we want otherwise from jsonargparse."""
+
+from typing import Any
+
+import jsonargparse
+from jsonargparse import _typehints
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class Parser(LightningArgumentParser):
+    """Raises its errors instead of exiting, and takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # jsonargparse takes `--trainer.max_epoch` for `--trainer.max_epochs`; a misspelt key must be an error.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "exit_on_error": False})
+
+
+def adapt_jsonargparse() -> None:
+    """Change two rules of jsonargparse that have no option; both are guarded by tests on the installed version.
+
+    A class that takes the place of another starts from its own defaults. jsonargparse (4.53) keeps those arguments that
+    the new class also accepts, so that SGD after AdamW would silently have AdamW's weight decay.
+
+    A short class name that both this package and another one have means this package's: ``ResNet`` would else be
+    ambiguous, since torchmetrics imports torchvision.
+    """
+    _typehints.discard_init_args_on_class_path_change = _forget_arguments
+    _typehints.resolve_class_path_by_name = _resolve
+
+
+def _forget_arguments(parser_or_action: Any, previous: Any, value: Any) -> None:
+    if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        previous["init_args"] = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
+
+
+_resolve_or_refuse = _typehints.resolve_class_path_by_name
+
+
+def _resolve(cls: Any, name: str) -> str:
+    try:
+        return str(_resolve_or_refuse(cls, name))
+    except ValueError:
+        paths = _typehints.get_all_subclass_paths(cls)
+        ours = [path for path in paths if path.startswith("lightning_automl.") and path.endswith(f".{name}")]
+        if len(ours) != 1:
+            raise
+        return str(ours[0])
