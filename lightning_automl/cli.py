@@ -83,19 +83,19 @@ class AutoMLCLI(LightningCLI):
         self.arguments = list(args)
         self.started = time.monotonic()
         self.finished_before = False
-        self.claim: Any = None
         self.directory: Path | None = None
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults={"num_sanity_val_steps": 0, "logger": False, "max_epochs": 20},
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-        )
+        with contextlib.ExitStack() as self.held:  # what is to be given back when the command ends
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults={"num_sanity_val_steps": 0, "logger": False, "max_epochs": 20},
+                auto_configure_optimizers=False,
+                parser_class=Parser,
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own keys, and hand what the data know to the network and the task."""
@@ -118,7 +118,7 @@ class AutoMLCLI(LightningCLI):
             "--checkpoint_every_n_steps",
             type=int | None,
             default=None,
-            help="Write last.ckpt also within an epoch, after so many batches.",
+            help="Write last.ckpt also within an epoch, after so many optimizer steps.",
         )
         for source, target in (
             ("num_classes", "num_classes"),
@@ -151,7 +151,11 @@ class AutoMLCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and look whether the directory that was given takes this run; nothing is written yet."""
-        self.config = parser.parse_args(self.arguments)
+        try:
+            self.config = parser.parse_args(self.arguments)
+        except jsonargparse.ArgumentError as error:
+            parser = self._subcommand_parsers.get(self.arguments[0], parser)
+            raise UserError(one_sentence(error, parser)) from error
         self.subcommand = self.config.subcommand
         config = self.config[self.subcommand]
         given = config.dir
@@ -164,7 +168,7 @@ class AutoMLCLI(LightningCLI):
             self._check_directory(self.directory, config)
 
     def _check_directory(self, directory: Path, config: jsonargparse.Namespace) -> None:
-        self.claim = lock(directory)
+        self.held.enter_context(lock(directory))
         remove_partial_files(directory)
         if self.subcommand != "fit":
             return
@@ -195,9 +199,10 @@ class AutoMLCLI(LightningCLI):
             name = "fit" if self.subcommand == "fit" else str(self.subcommand)
             files = self._get(self.config, "config")
             self.directory = new_directory(Path(str(files[-1])).stem if files else name)
-            self.claim = lock(self.directory)
+            self.held.enter_context(lock(self.directory))
         if rank() == 0:
             os.environ[DIRECTORY_VARIABLE] = str(self.directory)
+            self.held.callback(os.environ.pop, DIRECTORY_VARIABLE, None)
             if self.subcommand == "fit":
                 write_text(self.directory / "config.yaml", self.dump())
         return self.directory
@@ -221,7 +226,7 @@ class AutoMLCLI(LightningCLI):
             if isinstance(cause, UserError):
                 raise cause from error
             if isinstance(cause, ValueError | TypeError | FileNotFoundError | MisconfigurationException):
-                raise UserError(one_sentence(cause, self.known_parser())) from error
+                raise UserError(one_sentence(cause)) from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -271,15 +276,11 @@ class AutoMLCLI(LightningCLI):
         if rank() != 0 or self.subcommand != "fit":
             return
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        reason = "interrupted" if interrupted else one_sentence(error, self.known_parser())
+        reason = "interrupted" if interrupted else one_sentence(error)
         with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
             if not interrupted and not isinstance(root_cause(error), UserError):
                 log.debug("%s", traceback.format_exc())
             summarise(directory, "fit", "failed", seconds=self.seconds(), reason=reason)
-
-    def known_parser(self) -> LightningArgumentParser | None:
-        """The parser of the sub-command, as soon as there is one."""
-        return getattr(self, "_subcommand_parsers", {}).get(getattr(self, "arguments", [""])[0])
 
     def seconds(self) -> float:
         """Wall time of this command so far."""
@@ -513,24 +514,21 @@ def run(arguments: list[str]) -> int:
     # Lightning's advertisements and hints about its own services are not messages of the run.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    cli = AutoMLCLI.__new__(AutoMLCLI)  # its parser is wanted when the constructor fails
     try:
-        cli.__init__(with_saved_config(arguments))  # type: ignore[misc]
+        AutoMLCLI(with_saved_config(arguments))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except (UserError, jsonargparse.ArgumentError) as error:
-        return _complain(one_sentence(error, cli.known_parser()), 2)
+    except (UserError, MisconfigurationException) as error:
+        return _complain(one_sentence(error), 2)
     except DiskFullError as error:
         return _complain(str(error.strerror), 1)
-    except MisconfigurationException as error:
-        return _complain(one_sentence(error, cli.known_parser()), 2)
     except Exception as error:
         if isinstance(root_cause(error), UserError):
             return _complain(str(root_cause(error)), 2)
         if rank() == 0:
             traceback.print_exc()
-        return _complain(one_sentence(error, cli.known_parser()), 1)
+        return _complain(one_sentence(error), 1)
     return 0
 
 

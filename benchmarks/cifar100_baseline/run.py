@@ -1,6 +1,6 @@
 """CIFAR-100 with a ResNet-20: all training images once, and three seeds of a 10 % stratified subset.
 
-``python -m benchmarks.cifar100_baseline.run --data-root DIR --budget 3600``; a killed run goes on with the same command.
+``python -m benchmarks.cifar100_baseline.run --data-root DIR --budget 3600``; killed, it goes on with the same command.
 """
 
 import argparse

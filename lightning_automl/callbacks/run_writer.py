@@ -54,7 +54,7 @@ class RunWriter(Checkpoint):
         directory: The run directory.
         monitor: Metric that decides about the best epoch; without a validation loop the last epoch is the best.
         mode: Whether it is to be ``min`` or ``max``; by its name when left out (see :func:`mode_of`).
-        every_n_steps: Write ``last.ckpt`` also after so many training batches of an epoch.
+        every_n_steps: Write ``last.ckpt`` also after so many optimizer steps of an epoch.
 
     Raises:
         UserError: After the first epoch, if nothing logs ``monitor``.
@@ -108,7 +108,8 @@ class RunWriter(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a checkpoint within the epoch when asked to."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        if self.every_n_steps and progress.current.ready % self.every_n_steps == 0 and not progress.is_last_batch:
+        batches = (self.every_n_steps or 0) * trainer.accumulate_grad_batches  # gradients are not in a checkpoint
+        if batches and progress.current.ready % batches == 0 and not progress.is_last_batch:
             trainer.save_checkpoint(self.last_checkpoint, weights_only=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_automl.augment.ops import random_crop, random_crop_flip
@@ -103,15 +103,16 @@ class ImageDataModule(LightningDataModule, ABC):
 
         class NoiseDataModule(ImageDataModule):
             def __init__(self, images: int = 100, **kwargs: Any) -> None:
-                self.labels = np.arange(images) % 2
+                self.pixels = np.random.default_rng(0).integers(0, 256, (images, 1, 8, 8), dtype=np.uint8)
                 super().__init__(**kwargs)
 
             def index(self) -> Index:
-                names = [f"noise[{row}]" for row in range(len(self.labels))]
-                return Index(self.labels, ["a", "b"], channels=1, image_size=(8, 8), names=names)
+                labels = np.arange(len(self.pixels)) % 2
+                names = [f"noise[{row}]" for row in range(len(labels))]
+                return Index(labels, ["a", "b"], channels=1, image_size=(8, 8), names=names)
 
             def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-                return np.random.default_rng(0).integers(0, 256, (len(rows), 1, 8, 8), dtype=np.uint8)
+                return self.pixels[rows]
 
     Right after construction there are ``num_classes``, ``class_names``, ``channels``, ``image_size`` (height, width),
     ``split_rows`` (rows of the index by split) and ``class_counts`` (int64 ``(classes,)`` of the train split). After
@@ -153,7 +154,7 @@ class ImageDataModule(LightningDataModule, ABC):
         *,
         batch_size: int | Literal["auto"] = 128,
         base_augment: Literal["none", "crop", "crop_flip"] = "none",
-        train_policy: Callable[[Tensor], Tensor] | None = None,
+        train_policy: nn.Module | Callable[[Tensor], Tensor] | None = None,
         fold: int | None = None,
         folds: int = 5,
         subset: float | None = None,
@@ -330,7 +331,9 @@ class ImageDataModule(LightningDataModule, ABC):
             images = random_crop(images, padding)
         elif self.base_augment == "crop_flip":
             images = random_crop_flip(images, padding)
-        return images if self.train_policy is None else self.train_policy(images)
+        if self.train_policy is not None:
+            images = self.train_policy(images)
+        return images
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -236,7 +236,7 @@ class _Cutter:
         counts = np.bincount(self.labels[result], minlength=len(self.class_names))
         if (counts == 0).any():
             numbers = np.bincount(self.labels[rows], minlength=len(self.class_names))
-            label = min(np.flatnonzero(counts == 0), key=lambda empty: int(numbers[empty]))
+            label = min(np.flatnonzero(counts == 0).tolist(), key=lambda empty: int(numbers[empty]))
             number = int(numbers[label])
             least = math.ceil(100 / number) / 100
             raise UserError(

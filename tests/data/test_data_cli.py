@@ -3,6 +3,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
+from lightning_automl.augment import random_flip
 from lightning_automl.data import DigitsDataModule, ImageDataModule
 
 
@@ -41,3 +42,13 @@ def test_folders_and_sizes_are_accepted(tmp_path):
 def test_wrong_arguments_are_refused_by_the_parser(wrong):
     with pytest.raises(Exception, match=wrong.split("=")[0].removeprefix("--data.")):
         parse("--data=DigitsDataModule", wrong)
+
+
+def test_a_policy_may_be_a_function():
+    data = parse("--data=DigitsDataModule", "--data.train_policy=lightning_automl.augment.random_flip")
+    assert data.train_policy is random_flip
+
+
+def test_a_policy_may_have_arguments():
+    data = parse("--data=DigitsDataModule", "--data.train_policy=torch.nn.Dropout", "--data.train_policy.p=0.2")
+    assert data.train_policy.p == 0.2

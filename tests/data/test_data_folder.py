@@ -1,5 +1,6 @@
 import builtins
 import logging
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ RED = (250, 10, 20)
 def draw(path, size=(6, 8), mode="RGB", value=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     if value is None:
-        value = tuple(np.random.default_rng(abs(hash(str(path))) % 2**32).integers(0, 256, 3).tolist())
+        value = tuple(np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 256, 3).tolist())
     Image.new("RGB", size[::-1], value).convert(mode).save(path, **options)
     return path
 

@@ -1,0 +1,29 @@
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+#: Drawn data in place of the file that the first line of a config names.
+CLASSES = {"cifar100.npz": (100, 3, 32), "cifar10.npz": (10, 3, 32)}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz, tmp_path):
+    line = config.read_text().splitlines()[0]
+    program, *arguments = shlex.split(line.removeprefix("# "))
+    assert program == "lightning-automl"
+    assert ROOT / arguments[arguments.index("--config") + 1] == config
+    arguments[arguments.index("--config") + 1] = str(config)
+    for index, argument in enumerate(arguments):
+        if argument in CLASSES:
+            classes, channels, side = CLASSES[argument]
+            counts = (4 * classes, classes, classes)
+            arguments[index] = str(make_npz(tmp_path / argument, classes, channels, side, counts))
+    if "--dir" not in arguments:
+        arguments += ["--dir", "run"]
+    answer = command(*arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    assert answer.status == 0, answer.err
+    assert (tmp_path / arguments[arguments.index("--dir") + 1] / "summary.json").exists()
