@@ -22,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar  # noqa: F401  # EMA: short name in YAML
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_automl.augment
 import lightning_automl.data
@@ -225,7 +226,7 @@ class AutoMLCLI(LightningCLI):
             cause = root_cause(error)
             if isinstance(cause, UserError):
                 raise cause from error
-            if isinstance(cause, ValueError | TypeError | FileNotFoundError | MisconfigurationException):
+            if isinstance(cause, ValueError | TypeError | ImportError | FileNotFoundError | MisconfigurationException):
                 raise UserError(one_sentence(cause)) from error
             raise
 
@@ -275,7 +276,7 @@ class AutoMLCLI(LightningCLI):
     def _note_failure(self, directory: Path, error: BaseException) -> None:
         if rank() != 0 or self.subcommand != "fit":
             return
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        interrupted = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if interrupted else one_sentence(error)
         with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
             if not interrupted and not isinstance(root_cause(error), UserError):
@@ -295,8 +296,11 @@ class AutoMLCLI(LightningCLI):
         kwargs["weights_only"] = True
         if last.exists():
             log.info("going on from %s", last)
-        self.trainer.fit(**kwargs)
-        if self.trainer.received_sigterm or self.trainer.interrupted:
+        try:
+            self.trainer.fit(**kwargs)
+        except (SIGTERMException, SystemExit) as error:  # Lightning ends the process itself on Ctrl-C
+            raise KeyboardInterrupt from error
+        if self.trainer.received_sigterm:
             raise KeyboardInterrupt
         best = self.writer.best or {}
         metrics = {name: value for name, value in best.items() if name.startswith(("train_", "val_"))}

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from lightning_automl.rundir import UserError
+
 #: What jsonargparse writes for types, and what a person would.
 TYPES = {"NoneType": "null", "bool": "true or false", "str": "a text", "int": "a whole number", "float": "a number"}
 TYPES |= {"list": "a list", "collections.abc.Sequence": "a list", "Sequence": "a list"}
@@ -23,6 +25,8 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
         A sentence without a line break; of an unknown error its text in one line.
     """
     text = str(error) or type(error).__name__
+    if isinstance(error, UserError):
+        return text
     keys = ".".join(re.findall(r'Parser key "([^"]+)"', text))
     classes = re.findall(r"Problem with given class_path '([^']+)'", text)
 

@@ -1,4 +1,4 @@
-"""Training steps a second: the command ``fit`` whole and without its parts, a hand-written loop, Lightning's defaults."""
+"""Training steps a second: the command ``fit``, a hand-written loop, Lightning's defaults, fit without its parts."""
 
 import argparse
 import contextlib

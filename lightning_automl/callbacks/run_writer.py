@@ -219,6 +219,8 @@ class RunWriter(Checkpoint):
 
 
 def _link(source: Path, target: Path) -> None:
+    if target.exists() and target.samefile(source):
+        return  # renaming one name of a file to another of its names does nothing and leaves both
     with replacing(target) as partial:
         partial.unlink(missing_ok=True)
         try:

@@ -139,9 +139,8 @@ def _one_each(name: str, value: Any, count: int, what: str, exact: bool) -> list
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) < count or (exact and len(value) > count):
-        raise UserError(
-            f"{name} has {len(value)} values for {count} {what}; give one value for all, or a list with one for each"
-        )
+        values = "1 value" if len(value) == 1 else f"{len(value)} values"
+        raise UserError(f"{name} has {values} for {count} {what}; give one value for all, or a list with one for each")
     return list(value[:count])
 
 

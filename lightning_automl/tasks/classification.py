@@ -1,9 +1,10 @@
 """Train a network on labelled images."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from inspect import signature
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -92,6 +93,17 @@ class ClassificationTask(LightningModule):
         for stage in self.stages:
             setattr(self, f"{stage}_outputs", StageOutputs())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the network and its state (weight averaging does); what builds optimizers is shared.
+
+        LightningCLI's callables hold the whole command line with its open files, which cannot be copied.
+        """
+        memo |= {id(part): part for part in (self.optimizer, self.scheduler)}
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = deepcopy(self.__getstate__(), memo)
+        return copied
+
     def setup(self, stage: str) -> None:
         """Take normalisation and class weights from network or train split; lay out and compile the network."""
         data = getattr(self.trainer, "datamodule", None)
@@ -125,6 +137,12 @@ class ClassificationTask(LightningModule):
         else:
             weights = counts.sum() / (len(counts) * counts.float())
         self.loss.weight = weights.float().to(self.mean.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep those hyper-parameters that can be read back without pickle; of a subclass they may be anything."""
+        kept = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        for name in [name for name, value in kept.items() if not _is_plain(value)]:
+            del kept[name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give buffers whose size depends on the data the checkpoint's size, and refuse one of another network."""
@@ -253,6 +271,14 @@ class ClassificationTask(LightningModule):
         if steps == float("inf"):
             raise UserError("the scheduler needs to know the length of the run; set trainer.max_epochs or max_steps")
         return int(steps)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _wants_total_steps(scheduler: Callable[..., Any]) -> bool:

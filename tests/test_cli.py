@@ -1,0 +1,373 @@
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import DIGITS, ROOT, SHORT
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_automl.callbacks import AtomicCheckpointIO
+from lightning_automl.rundir import lock
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_a_fit_leaves_what_the_design_promises(fit, tmp_path):
+    answer = fit("--dir=run", "--trainer.max_epochs=2")
+    assert answer.status == 0, answer.err
+    run = tmp_path / "run"
+    summary = read(run / "summary.json")
+    assert set(summary) == {"command", "status", "metrics", "seconds", "artefacts", "test_opened"}
+    assert (summary["command"], summary["status"], summary["test_opened"]) == ("fit", "finished", 1)
+    names = ("loss", "accuracy", "balanced_accuracy", "auroc", "f1", "calibration_error")
+    assert {f"{stage}_{name}" for stage in ("train", "val", "test") for name in names} < set(summary["metrics"])
+    for path in summary["artefacts"].values():
+        assert (run / path).exists()
+    assert {"curves", "confusion_test", "best_checkpoint"} < set(summary["artefacts"])
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"step", "lr", "train_loss", "val_accuracy", "seconds"} < set(rows[0])
+    environment = read(run / "environment.json")
+    assert environment["seed"] == 0
+    assert {"versions", "hardware", "commit", "precision"} < set(environment)
+    assert "epoch 1/2" in (run / "log.txt").read_text()
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert "dir" not in kept
+    assert kept["trainer"]["max_epochs"] == 2
+
+
+def test_nothing_is_written_beside_the_run_directory(fit, tmp_path):
+    assert fit("--dir=run").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_dir_runs_are_numbered_by_the_name_of_the_config(fit, tmp_path):
+    assert fit("--test_after_fit=false").status == 0
+    assert fit("--test_after_fit=false").status == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits_cnn-1", "digits_cnn-2"]
+
+
+def test_the_test_split_is_opened_on_purpose_and_counted(fit, command):
+    assert fit("--dir=run", "--test_after_fit=false").status == 0
+    summary = read("run/summary.json")
+    assert summary["test_opened"] == 0
+    assert not any(name.startswith("test_") for name in summary["metrics"])
+    assert command("validate", "--dir=run").status == 0
+    assert read("run/summary.json")["test_opened"] == 0
+    assert command("test", "--dir=run").status == 0
+    assert command("predict", "--dir=run").status == 0
+    summary = read("run/summary.json")
+    assert summary["test_opened"] == 2
+    assert summary["command"] == "fit"
+    assert 0 <= summary["metrics"]["test_accuracy"] <= 1
+
+
+def test_predictions_have_a_row_an_image_and_agree_with_the_accuracy(fit, command):
+    fit("--dir=run", "--trainer.max_epochs=2", "--trainer.limit_train_batches=1.0")
+    assert command("predict", "--dir=run").status == 0
+    with open("run/predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    accuracy = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+    assert accuracy == pytest.approx(read("run/summary.json")["metrics"]["test_accuracy"], abs=1e-6)
+    assert accuracy > 0.5
+    for row in rows[:5]:
+        assert sum(float(row[f"probability_{digit}"]) for digit in range(10)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_finished_run_is_not_repeated_and_larger_limits_continue_it(fit):
+    fit("--dir=run")
+    before = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
+    answer = fit("--dir=run")
+    assert answer.status == 0
+    assert "run is finished: test_loss" in answer.out
+    assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == before
+    assert fit("--dir=run", "--trainer.max_epochs=3").status == 0
+    with open("run/metrics.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+    assert read("run/summary.json")["test_opened"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("--trainer.max_epochs=1", "run was started with trainer.max_epochs=2, now it is 1; limits can only grow"),
+        (
+            "--model.optimizer.lr=0.1",
+            "run was started with model.init_args.optimizer.init_args.lr=0.003, now it is 0.1; "
+            "give the former value to continue it, or another --dir to start anew",
+        ),
+        ("--seed_everything=1", "run was started with seed_everything=0, now it is 1; "),
+    ],
+)
+def test_another_run_in_the_same_directory_is_refused(fit, key, sentence):
+    assert fit("--dir=run", "--trainer.max_epochs=2").status == 0
+    kept = Path("run/config.yaml").read_text()
+    answer = fit("--dir=run", "--trainer.max_epochs=2", key)
+    assert answer.status == 2
+    assert answer.err.startswith(f"lightning-automl: {sentence}")
+    assert answer.err.count("\n") == 1
+    assert Path("run/config.yaml").read_text() == kept
+
+
+def test_a_run_continues_by_its_directory_alone(fit, command):
+    fit("--dir=run")
+    assert command("fit", "--dir=run", "--trainer.max_epochs=2").status == 0
+    with open("run/metrics.csv") as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_a_trial_that_never_trained_can_be_corrected_in_place(fit):
+    assert fit("--dir=run", "--model.model.pools=[max]").status == 2
+    assert fit("--dir=run").status == 0
+
+
+def test_the_saved_config_is_a_config(fit, command):
+    fit("--dir=run")
+    assert command("fit", "--config=run/config.yaml", "--dir=again").status == 0
+    first, second = (read(f"{run}/summary.json")["metrics"] for run in ("run", "again"))
+    assert first == second
+
+
+def test_a_changed_class_starts_from_its_own_defaults(fit):
+    """jsonargparse would hand AdamW's weight decay on to SGD."""
+    fit("--dir=run", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
+    optimizer = yaml.safe_load(Path("run/config.yaml").read_text())["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.SGD"
+    assert (optimizer["init_args"]["lr"], optimizer["init_args"]["weight_decay"]) == (0.1, 0.0)
+
+
+def test_an_unchanged_class_keeps_its_arguments(fit):
+    fit("--dir=run", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.1")
+    optimizer = yaml.safe_load(Path("run/config.yaml").read_text())["model"]["init_args"]["optimizer"]
+    assert (optimizer["init_args"]["lr"], optimizer["init_args"]["weight_decay"]) == (0.1, 0.01)
+
+
+def test_short_names_mean_this_package_where_torchvision_has_the_same(fit):
+    assert fit("--dir=run", "--model.model=ResNet", "--model.model.depth=8").status == 0
+    model = yaml.safe_load(Path("run/config.yaml").read_text())["model"]["init_args"]["model"]
+    assert model["class_path"] == "lightning_automl.models.ResNet"
+
+
+class PlainData(LightningDataModule):
+    """Somebody's own data, which know nothing of classes or channels."""
+
+    def __init__(self, count: int = 32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(count, 1, 8, 8, generator=generator)
+        self.dataset = TensorDataset(images, torch.arange(count) % 10)
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset, batch_size=16)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")  # Lightning's advice on somebody's loader
+def test_somebodys_own_data_module_works_with_what_the_user_says_of_it(command):
+    keys = ("--model.num_classes=10", "--model.model.num_classes=10")
+    keys += ("--model.model.in_channels=1", "--model.model.image_size=8")
+    answer = command("fit", "--config", DIGITS, *SHORT, f"--data={__name__}.PlainData", *keys, "--dir=run")
+    assert answer.status == 0, answer.err
+    assert read("run/summary.json")["test_opened"] == 0  # it has no test split
+
+
+BAD = {
+    "unknown key": (["--trainer.max_epoch=3"], "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'"),
+    "unknown argument": (
+        ["--model.model.filtres=[3]"],
+        "unknown argument of TunableCNN: 'filtres'; did you mean 'filters'? known: activation, conv_dropout",
+    ),
+    "inherited argument": (["--data.base_augmnt=crop"], "unknown argument of DigitsDataModule: 'base_augmnt'; did you"),
+    "unknown class": (
+        ["--model.model=TunabelCNN"],
+        "unknown class for model.model: 'TunabelCNN'; did you mean 'TunableCNN'?",
+    ),
+    "no such module": (["--model=nowhere.Task"], "model: class_path nowhere.Task cannot be imported: No module"),
+    "wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is not a whole number or null"),
+    "wrong choice": (["--model.model.activation=rleu"], "model.model.activation: 'rleu' is not one of "),
+    "not a list": (["--model.model.filters=abc"], "model.model.filters: 'abc' is not a list"),
+    "impossible combination": (["--model.model.pools=[max]"], "pools has 1 value for 2 convolution blocks"),
+    "refused learning rate": (["--model.optimizer.lr=-1"], "the optimizer refused its arguments: Invalid learning"),
+    "classes against the data": (
+        ["--model.num_classes=7"],
+        "model.init_args.num_classes is 7, but the data have 10 classes; leave it out",
+    ),
+    "missing file": (["--data=ArraysDataModule", "--data.path=nope.npz"], "there is no file nope.npz"),
+    "missing path": (["--data=ArraysDataModule"], "missing: path of ArraysDataModule"),
+    "fold out of range": (["--data.fold=9"], "fold is 9; with folds=5 it must be between 0 and 4"),
+    "unknown metric": (["--monitor=val_acc"], "monitor 'val_acc' is not logged by ClassificationTask; logged are: "),
+    "weights for other classes": (["--model.class_weights=[1, 2]"], "class_weights has 2 numbers for 10 classes"),
+    "weights without a place": (
+        ["--model.class_weights=balanced", "--model.loss=torch.nn.HuberLoss"],
+        "class_weights is given, but the loss HuberLoss has no 'weight'; use CrossEntropyLoss",
+    ),
+    "unknown device": (["--trainer.accelerator=quantum"], "You selected an invalid accelerator name"),
+    "scheduler without an end": (["--trainer.max_epochs=-1"], "the scheduler needs to know the length of the run"),
+}
+
+
+@pytest.mark.parametrize(("keys", "sentence"), BAD.values(), ids=BAD)
+def test_a_mistake_is_told_in_one_sentence(fit, keys, sentence):
+    answer = fit("--dir=run", *keys)
+    assert answer.status == 2
+    told = [line for line in answer.err.splitlines() if line.startswith("lightning-automl: ")]
+    assert len(told) == 1, answer.err
+    assert told[0].startswith(f"lightning-automl: {sentence}")
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("trainer: {max_epoch: 3}", "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'"),
+        ("trainr: {max_epochs: 3}", "unknown key 'trainr.max_epochs'; did you mean 'trainer.max_epochs'"),
+        ("model: [", "Problems parsing config"),
+        ("data: {class_path: torch.nn.Linear}", "data: torch.nn.Linear is not a LightningDataModule; known: "),
+        (
+            "trainer: {callbacks: [{class_path: EarlyStoping}]}",
+            "unknown class for trainer.callbacks: 'EarlyStoping'; did",
+        ),
+        ("data: {class_path: DigitsDataModule}", "missing: model; give it in the config or on the command line"),
+    ],
+)
+def test_a_mistake_in_a_config_is_told_in_one_sentence(command, text, sentence, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    answer = command("fit", "--config=c.yaml")
+    assert answer.status == 2
+    assert answer.err.startswith(f"lightning-automl: {sentence}")
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_config_is_named(command, tmp_path):
+    answer = command("fit", "--config=nope.yaml")
+    assert (answer.status, answer.err.count("\n")) == (2, 1)
+    assert "nope.yaml does not exist" in answer.err
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_commands_on_a_run_want_a_run_directory(name, command, tmp_path):
+    answer = command(name)
+    assert answer == (2, "", f"lightning-automl: {name} needs the directory of a run; give --dir\n")
+    answer = command(name, "--dir=nowhere")
+    assert answer.status == 2
+    assert answer.err.startswith("lightning-automl: nowhere is not a run directory: it has no config.yaml")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_foreign_directory_is_left_alone(fit, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").touch()
+    answer = fit("--dir=thesis")
+    assert answer.status == 2
+    assert "thesis is not a run directory and not empty (it holds chapter.tex); give another --dir" in answer.err
+    assert [path.name for path in (tmp_path / "thesis").iterdir() if path.name != ".lock"] == ["chapter.tex"]
+
+
+def test_two_runs_cannot_share_a_directory(fit, tmp_path):
+    with lock(tmp_path / "run"):
+        answer = fit("--dir=run")
+    assert answer.status == 2
+    assert "run is in use by process" in answer.err
+
+
+def test_a_checkpoint_of_another_network_is_refused(fit, command):
+    fit("--dir=run")
+    answer = command("test", "--dir=run", "--model.model.filters=[32, 32]")
+    assert answer.status == 2
+    assert "the checkpoint is of another network: tensors" in answer.err
+    assert "of another shape (model." in answer.err
+
+
+def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(fit, monkeypatch):
+    assert fit("--dir=run").status == 0
+    whole = Path("run/checkpoints/last.ckpt").read_bytes()
+
+    def full(self, checkpoint, path, storage_options=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpointIO.__base__, "save_checkpoint", full)
+        answer = fit("--dir=run", "--trainer.max_epochs=2")
+    assert answer.status == 1
+    told = [line for line in answer.err.splitlines() if line.startswith("lightning-automl: ")]
+    assert told == [
+        "lightning-automl: no space left for run/checkpoints/last.ckpt; "
+        "free some and give the same command again, it goes on"
+    ]
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == whole
+    assert not list(Path("run").rglob("*.tmp"))
+    assert read("run/summary.json")["status"] == "failed"
+    assert fit("--dir=run", "--trainer.max_epochs=2").status == 0
+    assert read("run/summary.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_is_not_finished(number, fit, monkeypatch):
+    from lightning_automl.tasks import ClassificationTask
+
+    def stop(self):
+        if self.current_epoch == 1:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "on_train_epoch_start", stop, raising=False)
+        answer = fit("--dir=run", "--trainer.max_epochs=3")
+    assert answer.status != 0
+    summary = read("run/summary.json")
+    assert (summary["status"], summary["reason"]) == ("failed", "interrupted")
+    assert fit("--dir=run", "--trainer.max_epochs=3").status == 0
+    assert read("run/summary.json")["status"] == "finished"
+    with open("run/metrics.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+def test_a_crash_is_a_failure_of_the_run_and_says_where(fit, monkeypatch):
+    from lightning_automl.tasks import ClassificationTask
+
+    def crash(self, batch, batch_idx):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", crash)
+    answer = fit("--dir=run")
+    assert answer.status == 1
+    assert "Traceback" in answer.err
+    assert answer.err.splitlines()[-1] == "lightning-automl: a bug of ours"
+    assert read("run/summary.json")["reason"] == "a bug of ours"
+    assert "a bug of ours" in Path("run/log.txt").read_text()
+
+
+def test_the_users_own_callbacks_and_logger_work_beside_ours(fit, tmp_path):
+    keys = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss", "--trainer.logger=CSVLogger"]
+    answer = fit(
+        "--dir=run",
+        *keys,
+        "--trainer.logger.save_dir=logs",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks+=EMAWeightAveraging",
+    )
+    assert answer.status == 0, answer.err
+    assert list((tmp_path / "logs").rglob("metrics.csv"))
+    assert read("run/summary.json")["status"] == "finished"
+
+
+def test_print_config_shows_the_config_and_runs_nothing(command, tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        command("fit", "--config", DIGITS, "--print_config")
+    assert ended.value.code in (0, None)
+    assert yaml.safe_load(capfd.readouterr().out)["data"]["class_path"] == "lightning_automl.data.DigitsDataModule"
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_config_names_its_command_in_the_first_line():
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        assert config.read_text().startswith("# lightning-automl "), config
