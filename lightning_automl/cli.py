@@ -165,17 +165,18 @@ class AutoMLCLI(LightningCLI):
         if given is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("several processes were started from outside without --dir; give one, the same to all")
         self.directory = None if given is None else Path(given)
-        if self.directory is not None and rank() == 0:
+        if self.directory is not None:
             self._check_directory(self.directory, config)
 
     def _check_directory(self, directory: Path, config: jsonargparse.Namespace) -> None:
-        self.held.enter_context(lock(directory))
-        remove_partial_files(directory)
+        if rank() == 0:
+            self.held.enter_context(lock(directory))
+            remove_partial_files(directory)
         if self.subcommand != "fit":
             return
         saved = directory / "config.yaml"
         if not saved.exists():
-            strange = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+            strange = [path.name for path in directory.glob("*") if not path.name.startswith(".")]
             if set(strange) - {"log.txt"}:
                 raise UserError(
                     f"{directory} is not a run directory and not empty (it holds {strange[0]}); give another --dir"
@@ -186,11 +187,13 @@ class AutoMLCLI(LightningCLI):
         before = yaml.safe_load(saved.read_text())
         if config.seed_everything is True:
             config.seed_everything = before["seed_everything"]
+        # All ranks come to the same answer: rank 0 changes the summary before the config, and they are read the other
+        # way round.
         grown = check_continuation(directory, before, yaml.safe_load(self.dump()))
         summary = read_json(directory / "summary.json")
         if summary and summary["status"] == "finished":
             self.finished_before = not grown
-            if grown:
+            if grown and rank() == 0:
                 # Until it ends again the run is not finished; what it cost so far is kept.
                 summarise(directory, "fit", "failed", reason="not finished: continued with larger limits")
 
@@ -392,10 +395,9 @@ def check_continuation(directory: Path, before: dict[str, Any], now: dict[str, A
     """
     changes = differences(before, now)
     for key, (old, new) in changes.items():
-        limit = key.removesuffix(".hours")
         if key in GROWING and _limit(new) < _limit(old):
             raise UserError(f"{directory} was started with {key}={old}, now it is {new}; limits can only grow")
-        if key not in GROWING and not any(limit == name or limit.startswith(name + ".") for name in CHANGEABLE):
+        if key not in GROWING and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE):
             raise UserError(
                 f"{directory} was started with {key}={old}, now it is {new}; "
                 "give the former value to continue it, or another --dir to start anew"

@@ -347,14 +347,10 @@ def test_a_crash_is_a_failure_of_the_run_and_says_where(fit, monkeypatch):
 
 
 def test_the_users_own_callbacks_and_logger_work_beside_ours(fit, tmp_path):
-    keys = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss", "--trainer.logger=CSVLogger"]
-    answer = fit(
-        "--dir=run",
-        *keys,
-        "--trainer.logger.save_dir=logs",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.callbacks+=EMAWeightAveraging",
-    )
+    keys = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+    keys += ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.log_every_n_steps=1"]
+    keys += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    answer = fit("--dir=run", *keys)
     assert answer.status == 0, answer.err
     assert list((tmp_path / "logs").rglob("metrics.csv"))
     assert read("run/summary.json")["status"] == "finished"

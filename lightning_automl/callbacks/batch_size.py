@@ -27,16 +27,14 @@ class BatchSizeProbe(Callback):
         self._trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the batch size before the data loaders are made."""
-        if stage != "fit":
+        """Find the batch size before the data loaders are made; without ``fit`` for a forward pass alone."""
+        if self.device_batch_size:  # a test after fit, whose batches fit all the more
             return
         self._trainer = trainer
         wanted = size = int(trainer.datamodule.device_batch_size)  # type: ignore[attr-defined]  # set by Trainer.fit
-        while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, pl_module, size), all=True):
+        while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, pl_module, size, stage), all=True):
             if size == 1:
-                raise UserError(
-                    "not even one image fits in memory for a training step; take smaller images or a smaller network"
-                )
+                raise UserError("not even one image fits in memory; take smaller images or a smaller network")
             size //= 2
         self.device_batch_size, self.accumulate = size, -(-wanted // size)
         self._apply()
@@ -48,15 +46,19 @@ class BatchSizeProbe(Callback):
                 self.accumulate,
             )
 
-    def _fits(self, trainer: Trainer, pl_module: LightningModule, size: int) -> bool:
+    def _fits(self, trainer: Trainer, pl_module: LightningModule, size: int, stage: str) -> bool:
         data = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
-        pl_module.to(device).train()
+        pl_module.to(device)
         buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         try:
-            with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+            precision = trainer.precision_plugin.forward_context()
+            with torch.random.fork_rng(), precision, torch.set_grad_enabled(stage == "fit"):
                 images = torch.zeros(size, data.channels, *data.image_size, dtype=torch.uint8, device=device)
-                pl_module(images).float().sum().backward()
+                total = pl_module(images).float().sum()
+                if stage != "fit":
+                    return True
+                total.backward()
                 states = [torch.empty_like(parameter) for parameter in pl_module.parameters() for _ in range(2)]
                 del states
         except (RuntimeError, torch.OutOfMemoryError) as error:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,7 +192,7 @@ class RunWriter(Checkpoint):
         left = ""
         if epochs:
             typical = sorted(each["seconds"] for each in self.rows)[len(self.rows) // 2]
-            left = f", about {typical * (epochs - row['epoch'] - 1):.0f} s left"
+            left = f", about {timedelta(seconds=round(typical * (epochs - row['epoch'] - 1)))} left"
         return f"epoch {row['epoch'] + 1:.0f}/{epochs or '?'}: {values}{best} ({row['seconds']:.1f} s{left})"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,9 +23,8 @@ def fit(task, data=None, **arguments):
     seed_everything(0, verbose=False)
     defaults = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 2}
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = Trainer(
-        **(defaults | dict.fromkeys(quiet, False) | {"num_sanity_val_steps": 0, "accelerator": "cpu"} | arguments)
-    )
+    defaults |= dict.fromkeys(quiet, False) | {"num_sanity_val_steps": 0, "accelerator": "cpu"}
+    trainer = Trainer(**(defaults | arguments))
     trainer.fit(task, data or DigitsDataModule(batch_size=64))
     return trainer
 
@@ -128,9 +127,8 @@ def test_mixing_knows_the_number_of_classes_and_leaves_validation_alone(mix):
 
 
 def test_norms_and_biases_are_exempt_from_weight_decay_by_a_switch():
-    task = ClassificationTask(
-        network(), 10, decay_norms_and_biases=False, optimizer=partial(torch.optim.AdamW, lr=1e-3)
-    )
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    task = ClassificationTask(network(), 10, optimizer, decay_norms_and_biases=False)
     decayed, exempt = task.optimizer(task.parameter_groups()).param_groups
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in exempt["params"])
@@ -150,16 +148,17 @@ def test_schedules_know_the_length_of_the_run(scheduler):
     rates = []
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer, *_):
+        def on_train_batch_start(self, trainer, *_):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     task = ClassificationTask(network(), 10, partial(torch.optim.SGD, lr=0.1), scheduler)
     trainer = fit(task, max_epochs=4, callbacks=[Watch()])
     schedule = trainer.lr_scheduler_configs[0]
     if scheduler is WarmupCosineLR or scheduler.func is torch.optim.lr_scheduler.OneCycleLR:
-        assert schedule.scheduler.total_steps == 12
         assert schedule.interval == "step"
+        assert len(rates) == 12
         assert rates[-1] < 1e-3 * max(rates)
+        assert rates[-2] > 1e-3 * max(rates)
     else:
         assert rates[::3] == pytest.approx([0.1, 0.01, 0.001, 0.0001])
 
@@ -223,23 +222,12 @@ def test_a_checkpoint_of_a_subclass_loads_without_pickle(tmp_path, ema):
     trainer = fit(task, callbacks=[EMAWeightAveraging(decay=0.9)] if ema else [])
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     torch.load(tmp_path / "a.ckpt", weights_only=True)
-    loaded = MyTask.load_from_checkpoint(
-        tmp_path / "a.ckpt",
-        model=network(),
-        num_classes=10,
-        class_weights="balanced",
-        loss=FocalLoss(),
-        weights_only=True,
-    )
-    for name in ("mean", "std", "loss.weight"):
-        assert torch.equal(loaded.state_dict()[name], task.state_dict()[name])
-    if not ema:
-        assert torch.equal(
-            loaded.model.state_dict()["head.weight"]
-            if "head.weight" in loaded.model.state_dict()
-            else list(loaded.model.parameters())[-1],
-            list(task.model.parameters())[-1],
-        )
+    built = {"model": network(), "num_classes": 10, "class_weights": "balanced", "loss": FocalLoss()}
+    loaded = MyTask.load_from_checkpoint(tmp_path / "a.ckpt", **built, weights_only=True)
+    kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert {"mean", "std", "loss.weight", "extra"} < set(kept)
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.state_dict().items())
+    assert torch.equal(loaded.mean, task.mean)
 
 
 def test_a_checkpoint_of_another_network_is_named(tmp_path):
