@@ -2,15 +2,13 @@
 
 import contextlib
 import csv
-import ctypes
 import io
 import logging
 import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,6 @@ import jsonargparse
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar  # noqa: F401  # EMA: short name in YAML
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -31,11 +28,12 @@ import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
 from lightning_automl.mistakes import one_sentence, root_cause
-from lightning_automl.parser import Parser, adapt_jsonargparse
+from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
+from lightning_automl.process import keep_freed_memory, logging_to, rank
 from lightning_automl.rundir import (
     DiskFullError,
     UserError,
-    differences,
+    check_continuation,
     environment,
     lock,
     new_directory,
@@ -52,25 +50,8 @@ log = logging.getLogger("lightning_automl")
 #: The directory that rank 0 chose, for the ranks that Lightning starts from it.
 DIRECTORY_VARIABLE = "LIGHTNING_AUTOML_DIR"
 
-#: Keys that may differ when a run is continued. Those of ``GROWING`` may only grow.
-CHANGEABLE = {
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.enable_progress_bar",
-    "trainer.max_time",
-    "test_after_fit",
-}
-GROWING = {"trainer.max_epochs", "trainer.max_steps"}
-
 #: Keys of a command that are not part of what a run is.
 NOT_KEPT = ("config", "dir", "ckpt_path", "weights_only", "verbose", "return_predictions", "data_split")
-
-
-def rank() -> int:
-    """Global rank of this process, 0 when it is the only one."""
-    return int(getattr(rank_zero_only, "rank", 0))
 
 
 class AutoMLCLI(LightningCLI):
@@ -387,28 +368,6 @@ class AutoMLCLI(LightningCLI):
         write_json(path, now)
 
 
-def check_continuation(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a limit of a run has grown since it was started.
-
-    Raises:
-        UserError: If anything else differs, or a limit has shrunk; the first difference is shown.
-    """
-    changes = differences(before, now)
-    for key, (old, new) in changes.items():
-        if key in GROWING and _limit(new) < _limit(old):
-            raise UserError(f"{directory} was started with {key}={old}, now it is {new}; limits can only grow")
-        if key not in GROWING and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE):
-            raise UserError(
-                f"{directory} was started with {key}={old}, now it is {new}; "
-                "give the former value to continue it, or another --dir to start anew"
-            )
-    return any(key in GROWING or key.startswith("trainer.max_time") for key in changes)
-
-
-def _limit(value: int | None) -> float:
-    return float("inf") if value is None or value < 0 else value
-
-
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -441,76 +400,6 @@ def _predictions_table(data: Any, probabilities: torch.Tensor) -> str:
         label = label if label == "" else classes[int(label)]
         writer.writerow([image, label, classes[max(range(len(row)), key=row.__getitem__)], *(f"{p:.6g}" for p in row)])
     return text.getvalue()
-
-
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send the messages of this package, of Lightning and of ``warnings`` to ``path`` and the terminal, on rank 0."""
-    if rank() != 0:
-        warnings.simplefilter("ignore")
-        yield
-        return
-    to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    to_terminal = logging.StreamHandler()
-    to_terminal.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    # Lightning 2.6.6 calls what torch 2.14 deprecates, at every batch structure that it looks at.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
-    log.setLevel(logging.DEBUG)
-    sinks: dict[logging.Logger, tuple[logging.Handler, ...]] = {log: (to_file, to_terminal)}
-    sinks |= {logging.getLogger(name): (to_file,) for name in ("lightning.pytorch", "py.warnings")}
-    for logger, handlers in sinks.items():
-        for handler in handlers:
-            logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        for logger, handlers in sinks.items():
-            for handler in handlers:
-                logger.removeHandler(handler)
-        to_file.close()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of giving them back to the kernel after every step.
-
-    Each step would otherwise pay the page faults of all its activations again; ``benchmarks/training_overhead`` has the
-    measurement. Does nothing on other C libraries.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-        for parameter in (threshold, trim):
-            library.mallopt(parameter, 1 << 30)
-
-
-def with_saved_config(arguments: list[str]) -> list[str]:
-    """Let a command on an existing run directory read the configuration that is kept there.
-
-    Raises:
-        UserError: If ``validate``, ``test`` or ``predict`` is given a directory that is no run directory.
-    """
-    command, *rest = arguments
-    if any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in rest):
-        return arguments
-    directory = None
-    for index, argument in enumerate(rest):
-        if argument == "--dir" and index + 1 < len(rest):
-            directory = Path(rest[index + 1])
-        elif argument.startswith("--dir="):
-            directory = Path(argument.removeprefix("--dir="))
-    if directory is None:
-        if command != "fit":
-            raise UserError(f"{command} needs the directory of a run; give --dir")
-        return arguments
-    config = directory / "config.yaml"
-    if config.exists():
-        return [command, "--config", str(config), *rest]
-    if command != "fit":
-        raise UserError(f"{directory} is not a run directory: it has no config.yaml; give the --dir of a fit")
-    return arguments
 
 
 def run(arguments: list[str]) -> int:

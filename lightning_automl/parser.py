@@ -1,10 +1,13 @@
 """LightningCLI's parser with what we want otherwise from jsonargparse."""
 
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
 from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_automl.rundir import UserError
 
 
 class Parser(LightningArgumentParser):
@@ -45,3 +48,30 @@ def _resolve(cls: Any, name: str) -> str:
         if len(ours) != 1:
             raise
         return str(ours[0])
+
+
+def with_saved_config(arguments: list[str]) -> list[str]:
+    """Let a command on an existing run directory read the configuration that is kept there.
+
+    Raises:
+        UserError: If ``validate``, ``test`` or ``predict`` is given a directory that is no run directory.
+    """
+    command, *rest = arguments
+    if any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in rest):
+        return arguments
+    directory = None
+    for index, argument in enumerate(rest):
+        if argument == "--dir" and index + 1 < len(rest):
+            directory = Path(rest[index + 1])
+        elif argument.startswith("--dir="):
+            directory = Path(argument.removeprefix("--dir="))
+    if directory is None:
+        if command != "fit":
+            raise UserError(f"{command} needs the directory of a run; give --dir")
+        return arguments
+    config = directory / "config.yaml"
+    if config.exists():
+        return [command, "--config", str(config), *rest]
+    if command != "fit":
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml; give the --dir of a fit")
+    return arguments

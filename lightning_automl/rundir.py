@@ -28,6 +28,19 @@ Status = Literal["finished", "pruned", "failed"]
 PACKAGES = ("lightning-automl", "lightning", "torch", "torchvision", "torchmetrics", "numpy", "scikit-learn", "pillow")
 
 
+#: Keys that may differ when a run is continued. Those of ``GROWING`` may only grow.
+CHANGEABLE = {
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.max_time",
+    "test_after_fit",
+}
+GROWING = {"trainer.max_epochs", "trainer.max_steps"}
+
+
 class UserError(ValueError):
     """A mistake in what the user gave: one sentence that says what was given, what is known and what to do.
 
@@ -168,6 +181,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     }
+
+
+def check_continuation(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a limit of a run has grown since it was started.
+
+    Raises:
+        UserError: If anything else differs, or a limit has shrunk; the first difference is shown.
+    """
+    changes = differences(before, now)
+    for key, (old, new) in changes.items():
+        if key in GROWING and _limit(new) < _limit(old):
+            raise UserError(f"{directory} was started with {key}={old}, now it is {new}; limits can only grow")
+        if key not in GROWING and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE):
+            raise UserError(
+                f"{directory} was started with {key}={old}, now it is {new}; "
+                "give the former value to continue it, or another --dir to start anew"
+            )
+    return any(key in GROWING or key.startswith("trainer.max_time") for key in changes)
+
+
+def _limit(value: int | None) -> float:
+    return float("inf") if value is None or value < 0 else value
 
 
 def environment(seed: int | None) -> dict[str, Any]:
