@@ -158,7 +158,7 @@ class AutoMLCLI(LightningCLI):
         saved = directory / "config.yaml"
         if not saved.exists():
             strange = [path.name for path in directory.glob("*") if not path.name.startswith(".")]
-            if set(strange) - {"log.txt"}:
+            if rank() == 0 and set(strange) - {"log.txt"}:  # to other ranks they may be what rank 0 has begun
                 raise UserError(
                     f"{directory} is not a run directory and not empty (it holds {strange[0]}); give another --dir"
                 )
@@ -253,9 +253,16 @@ class AutoMLCLI(LightningCLI):
         with logging_to(self.directory / "log.txt"):
             try:
                 super()._run_subcommand(subcommand)
+                self._part()
             except BaseException as error:
                 self._note_failure(self.directory, error)
                 raise
+
+    def _part(self) -> None:
+        """Let the processes of a run end together: one that ends earlier takes the others with it."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.trainer.strategy.barrier()
+            torch.distributed.destroy_process_group()
 
     def _note_failure(self, directory: Path, error: BaseException) -> None:
         if rank() != 0 or self.subcommand != "fit":
@@ -430,4 +437,6 @@ def run(arguments: list[str]) -> int:
 def _complain(sentence: str, status: int) -> int:
     if rank() == 0:
         print(f"lightning-automl: {sentence}", file=sys.stderr)
+    else:
+        time.sleep(3)  # torchrun ends all processes when one has ended: let rank 0 speak
     return status

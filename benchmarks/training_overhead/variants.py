@@ -119,8 +119,8 @@ def fit(path: Path, steps: int, directory: Path, *arguments: str, keep_memory: b
 def hand_written(path: Path, steps: int, directory: Path, keep_memory: bool = False) -> None:
     """What one writes without a framework, for the same training: nothing but what a step needs."""
     from lightning_automl.augment import normalize, random_crop_flip
-    from lightning_automl.process import keep_freed_memory
     from lightning_automl.models import ResNet
+    from lightning_automl.process import keep_freed_memory
     from lightning_automl.tasks.precision import fast_precision
 
     if keep_memory:

@@ -96,8 +96,11 @@ class ClassificationTask(LightningModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the network and its state (weight averaging does); what builds optimizers is shared.
 
-        LightningCLI's callables hold the whole command line with its open files, which cannot be copied.
+        LightningCLI's callables hold the whole command line with its open files, which cannot be copied. A callback
+        that copies in its own ``setup`` comes before ours, so that what the data say is taken over here already.
         """
+        if self._trainer is not None:
+            self._take_over_from_data()
         memo |= {id(part): part for part in (self.optimizer, self.scheduler)}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -106,6 +109,12 @@ class ClassificationTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take normalisation and class weights from network or train split; lay out and compile the network."""
+        self._take_over_from_data()
+        self.model.to(memory_format=self.memory_format)
+        if self.compile_network:
+            self.model.compile()
+
+    def _take_over_from_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
         mean, std = getattr(self.model, "normalization", None) or (
             getattr(data, "mean", None),
@@ -116,9 +125,6 @@ class ClassificationTask(LightningModule):
             self.std = torch.as_tensor(std, dtype=torch.float32).to(self.std.device).view(-1, 1, 1)
         if self.class_weights is not None:
             self._set_class_weights(getattr(data, "class_counts", None))
-        self.model.to(memory_format=self.memory_format)
-        if self.compile_network:
-            self.model.compile()
 
     def _set_class_weights(self, counts: Tensor | None) -> None:
         if not hasattr(self.loss, "weight"):

@@ -107,7 +107,7 @@ def test_two_networks_share_no_parameter():
         ({"image_size": 0}, "image_size is 0"),
         ({"kernels": [3, 3]}, "kernels has 2 values for 3 convolution blocks"),
         ({"pools": ["max"] * 4}, "pools has 4 values for 3"),
-        ({"n_conv": 2, "conv_dropout": [0.1]}, "conv_dropout has 1 values for 2"),
+        ({"n_conv": 2, "conv_dropout": [0.1]}, "conv_dropout has 1 value for 2"),
         ({"fc_dropout": [0.1, 0.1]}, "fc_dropout has 2 values for 1 hidden"),
         ({"kernels": 4}, "must be odd"),
         ({"kernels": 33}, "larger than images of 32 x 32"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from lightning_automl.data import DigitsDataModule
+from lightning_automl.data import ArraysDataModule, DigitsDataModule
 from lightning_automl.losses import BinaryCrossEntropy, FocalLoss
 from lightning_automl.models import ResNet, TunableCNN
 from lightning_automl.rundir import UserError
@@ -260,3 +260,14 @@ def test_the_network_can_be_compiled():
     trainer = fit(task, max_epochs=2)
     assert trainer.callback_metrics["train_loss"].isfinite()
     assert set(task.state_dict()) == set(ClassificationTask(network(), 10).state_dict())
+
+
+def test_averaging_starts_from_the_normalisation_of_the_data(make_npz, tmp_path):
+    data = ArraysDataModule(str(make_npz(tmp_path / "a.npz", channels=3)), batch_size=8)
+    model = TunableCNN(3, in_channels=3, image_size=8, filters=[4], units=[8])
+    task = ClassificationTask(model, 3, class_weights="balanced")
+    average = EMAWeightAveraging(decay=0.9)
+    fit(task, data, callbacks=[average])
+    averaged = average._average_model.module
+    assert torch.equal(averaged.mean.flatten(), data.mean)
+    assert torch.equal(averaged.loss.weight, task.loss.weight)
