@@ -150,18 +150,18 @@ class AutoMLCLI(LightningCLI):
             self._check_directory(self.directory, config)
 
     def _check_directory(self, directory: Path, config: jsonargparse.Namespace) -> None:
+        saved = directory / "config.yaml"
+        fresh = self.subcommand == "fit" and not saved.exists()
+        if fresh and rank() == 0:  # to other ranks, what rank 0 has begun may look strange
+            strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt"}
+            if strange:
+                raise UserError(
+                    f"{directory} is not a run directory and not empty (it holds {min(strange)}); give another --dir"
+                )
         if rank() == 0:
             self.held.enter_context(lock(directory))
             remove_partial_files(directory)
-        if self.subcommand != "fit":
-            return
-        saved = directory / "config.yaml"
-        if not saved.exists():
-            strange = [path.name for path in directory.glob("*") if not path.name.startswith(".")]
-            if rank() == 0 and set(strange) - {"log.txt"}:  # to other ranks they may be what rank 0 has begun
-                raise UserError(
-                    f"{directory} is not a run directory and not empty (it holds {strange[0]}); give another --dir"
-                )
+        if fresh or self.subcommand != "fit":
             return
         if not (directory / "checkpoints" / "last.ckpt").exists():
             return  # nothing was trained yet: a corrected command may take the place of the first
@@ -287,6 +287,8 @@ class AutoMLCLI(LightningCLI):
         kwargs["weights_only"] = True
         if last.exists():
             log.info("going on from %s", last)
+            if self.trainer.max_steps != -1:
+                log.warning("with max_steps Lightning may skip batches after a continued epoch; max_epochs is exact")
         try:
             self.trainer.fit(**kwargs)
         except (SIGTERMException, SystemExit) as error:  # Lightning ends the process itself on Ctrl-C

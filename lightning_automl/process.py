@@ -49,8 +49,9 @@ def logging_to(path: Path) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of giving them back to the kernel after every step.
 
-    Each step would otherwise pay the page faults of all its activations again; ``benchmarks/training_overhead`` has the
-    measurement. Does nothing on other C libraries.
+    Each step would otherwise pay the page faults of all its activations again. How much that is depends on network and
+    machine: nothing measurable for a ResNet-20 in ``benchmarks/training_overhead``, about a quarter of a step for
+    networks of many small operations on processors with AMX. Does nothing on other C libraries.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")

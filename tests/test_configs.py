@@ -2,12 +2,21 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
-#: Drawn data in place of the file that the first line of a config names.
-CLASSES = {"cifar100.npz": (100, 3, 32), "cifar10.npz": (10, 3, 32)}
+#: Drawn data in place of the file that the first line of a config names: classes, channels, side.
+ARRAYS = {"cifar100.npz": (100, 3, 32), "pneumoniamnist.npz": (2, 1, 28)}
+
+
+def draw_folder(path):
+    for label in ("cat", "dog"):
+        (path / label).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (40 + number, 50), (10 * number, 0, 100)).save(path / label / f"{number}.png")
+    return path
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -18,8 +27,10 @@ def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz,
     assert ROOT / arguments[arguments.index("--config") + 1] == config
     arguments[arguments.index("--config") + 1] = str(config)
     for index, argument in enumerate(arguments):
-        if argument in CLASSES:
-            classes, channels, side = CLASSES[argument]
+        if argument == "my_images":
+            arguments[index] = str(draw_folder(tmp_path / argument))
+        elif argument in ARRAYS:
+            classes, channels, side = ARRAYS[argument]
             counts = (4 * classes, classes, classes)
             arguments[index] = str(make_npz(tmp_path / argument, classes, channels, side, counts))
     if "--dir" not in arguments:

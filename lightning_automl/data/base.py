@@ -308,8 +308,17 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.trainer is not None and self.trainer.training:
             self._epoch = self.trainer.current_epoch
             ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            torch.manual_seed(mix(self._seed, self._epoch, ready, self.trainer.global_rank))
+            self._seed_torch(mix(self._seed, self._epoch, ready, self.trainer.global_rank))
         return batch
+
+    def _seed_torch(self, seed: int) -> None:
+        # torch.manual_seed does the same for every kind of device there might be, which costs 0.2 ms a step
+        torch.default_generator.manual_seed(seed)
+        device = self._device_type()
+        if device == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif device == "mps":
+            torch.mps.manual_seed(seed)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment in training, and turn uint8 into float in [0, 1]; a dict of batches is treated one by one."""

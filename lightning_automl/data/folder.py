@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +11,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lightning_automl.data.base import ImageDataModule, Index
+from lightning_automl.data.image_files import EXTENSIONS, ImageFile, check_decoding, decode_or_error, read_header
 from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-_TIFF = (".tif", ".tiff")
 _SHOWN = 5
-_MOST_CHANNELS = 16
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_DEEP = ("I", "F")  # first letter of Pillow's modes with more than 8 bits
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-
-@dataclass(frozen=True)
-class _File:
-    """An image file and what its header says."""
-
-    path: Path
-    size: tuple[int, int] = (0, 0)  # height and width as shown
-    channels: int = 0
-    deep: bool = False  # more than 8 bits a channel
-    error: str = ""  # why it cannot be read
 
 
 @dataclass(frozen=True)
@@ -99,9 +82,9 @@ class FolderDataModule(ImageDataModule):
     def index(self) -> Index:
         """File names, labels, and the headers of the images."""
         listed, class_names = self._list_files()
-        files = _in_threads(_read_header, [entry.path for entry in listed])
+        files = _in_threads(read_header, [entry.path for entry in listed])
         if self.skip_broken:
-            files = _in_threads(_check_decoding, files)
+            files = _in_threads(check_decoding, files)
         broken = [file for file in files if file.error]
         if broken and not self.skip_broken:
             raise UserError(_tell_broken(broken, len(files), Path(self.path)))
@@ -134,11 +117,11 @@ class FolderDataModule(ImageDataModule):
         """Images ``(rows, channels, height, width)``, uint8 or, where files have more bits, float32."""
         size, channels = self.image_size, self.channels
         files = [self._files[row] for row in rows]
-        results = _in_threads(lambda file: _decode_or_error(file, size, channels), files)
-        broken = [result for result in results if isinstance(result, _File)]
+        results = _in_threads(lambda file: decode_or_error(file, size, channels), files)
+        broken = [result for result in results if isinstance(result, ImageFile)]
         if broken:
             raise UserError(_tell_broken(broken, len(files), Path(self.path)))
-        return np.stack([result for result in results if not isinstance(result, _File)])
+        return np.stack([result for result in results if not isinstance(result, ImageFile)])
 
     def _list_files(self) -> tuple[list[_Listed], list[str]]:
         root = Path(self.path)
@@ -260,19 +243,19 @@ def _relative(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _some(files: Sequence[_File], root: Path) -> str:
+def _some(files: Sequence[ImageFile], root: Path) -> str:
     shown = ", ".join(f"{_relative(file.path, root)} ({file.error})" for file in files[:_SHOWN])
     return shown + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
 
 
-def _tell_broken(broken: Sequence[_File], number: int, root: Path) -> str:
+def _tell_broken(broken: Sequence[ImageFile], number: int, root: Path) -> str:
     return (
         f"{len(broken)} of {number} image files cannot be read: {_some(broken, root)}; "
         "repair them, or set --data.init_args.skip_broken true to leave such files out"
     )
 
 
-def _common_size(files: Sequence[_File], root: Path) -> tuple[int, int]:
+def _common_size(files: Sequence[ImageFile], root: Path) -> tuple[int, int]:
     if len({file.size for file in files}) == 1:
         return files[0].size
     small = min(files, key=lambda file: file.size[0] * file.size[1])
@@ -284,7 +267,7 @@ def _common_size(files: Sequence[_File], root: Path) -> tuple[int, int]:
     )
 
 
-def _common_channels(files: Sequence[_File], root: Path) -> int:
+def _common_channels(files: Sequence[ImageFile], root: Path) -> int:
     examples = {file.channels: file for file in reversed(files)}
     if len(examples) == 1:
         return files[0].channels
@@ -295,133 +278,10 @@ def _common_channels(files: Sequence[_File], root: Path) -> int:
     )
 
 
-def _check_depth(files: Sequence[_File], root: Path) -> None:
+def _check_depth(files: Sequence[ImageFile], root: Path) -> None:
     examples = {file.deep: file for file in reversed(files)}
     if len(examples) == 2:
         raise UserError(
             f"{_relative(examples[False].path, root)} has 8 bits a channel and {_relative(examples[True].path, root)} "
             "more; save all images with the same number of bits"
         )
-
-
-def _orientation(image: Image.Image) -> int:
-    # Pillow would decode a whole PNG to look for EXIF data behind the pixels
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
-    return int(image.getexif().get(0x0112, 1))
-
-
-def _needs_tifffile(image: Image.Image) -> bool:
-    """Whether Pillow would show only the first page, or take the first of many channels for a grey image."""
-    samples = getattr(image, "tag_v2", {}).get(277, 1)
-    return image.format == "TIFF" and (getattr(image, "n_frames", 1) > 1 or samples != len(image.getbands()))
-
-
-def _read_header(path: Path) -> _File:
-    """Size, channels and depth without decoding the pixels."""
-    try:
-        if path.stat().st_size == 0:
-            return _File(path, error="the file is empty")
-        try:
-            with Image.open(path) as image:
-                if not _needs_tifffile(image):
-                    size = (image.height, image.width)
-                    size = size[::-1] if _orientation(image) in _ROTATED else size
-                    deep = image.mode.startswith(_DEEP)
-                    grey = deep or image.mode in ("1", "L", "LA", "La")
-                    return _File(path, size, channels=1 if grey else 3, deep=deep)
-        except (UnidentifiedImageError, SyntaxError):
-            if path.suffix.lower() not in _TIFF:
-                return _File(path, error="not an image of a known type")
-        pixels = _read_tiff(path)
-        return _File(path, pixels.shape[1:], channels=pixels.shape[0], deep=pixels.dtype != np.uint8)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a decoder stumbles over
-        return _File(path, error=str(error) or type(error).__name__)
-
-
-def _read_tiff(path: Path) -> NDArray[Any]:
-    """Pixels ``(channels, height, width)`` of a TIFF file whose channels Pillow does not know."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise UserError(
-            f"{path} is a TIFF file with several channels or pages, which needs tifffile; pip install tifffile"
-        ) from error
-    with tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        axes, pixels = series.axes, np.asarray(series.asarray())
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim == 3 and axes.endswith("S"):
-        pixels = pixels.transpose(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] > _MOST_CHANNELS:
-        raise ValueError(f"axes {axes} of {series.shape}, and only flat images with at most {_MOST_CHANNELS} channels")
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
-
-
-def _check_decoding(file: _File) -> _File:
-    if file.error:
-        return file
-    result = _decode_or_error(file, file.size, file.channels)
-    return result if isinstance(result, _File) else file
-
-
-def _decode_or_error(file: _File, size: tuple[int, int], channels: int) -> NDArray[Any] | _File:
-    try:
-        return _decode(file, size, channels)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a decoder stumbles over
-        return _File(file.path, error=str(error) or type(error).__name__)
-
-
-def _decode(file: _File, size: tuple[int, int], channels: int) -> NDArray[Any]:
-    """Pixels ``(channels, height, width)``."""
-    planes: Iterable[Image.Image]
-    try:
-        with Image.open(file.path) as image:
-            if _needs_tifffile(image):
-                raise UnidentifiedImageError
-            larger = 2 * max(size)  # libjpeg halves large images while decoding, several times as fast
-            image.draft(None, (larger, larger))
-            orientation = _orientation(image)
-            image.load()
-            shown = ImageOps.exif_transpose(image) if orientation != 1 else image
-            if file.deep:
-                planes = [shown.convert("F")]
-            else:
-                mode = _MODES.get(channels)
-                if mode is None:
-                    raise UserError(f"{file.path} cannot be read with {channels} channels; known: 1, 2, 3, 4")
-                planes = [_convert(shown, mode)]
-            pixels = [np.asarray(_resize(plane, size)) for plane in planes]
-    except (UnidentifiedImageError, SyntaxError):
-        if file.path.suffix.lower() not in _TIFF:
-            raise
-        raw = _read_tiff(file.path)
-        planes = [Image.fromarray(plane) for plane in raw]
-        pixels = [np.asarray(_resize(plane, size)) for plane in planes]
-    result = np.stack(pixels) if pixels[0].ndim == 2 else pixels[0].transpose(2, 0, 1)
-    if len(result) == 1 and channels != 1 and file.deep:
-        result = np.repeat(result, channels, axis=0)
-    if len(result) != channels:
-        raise UserError(f"{file.path} has {len(result)} channels and {channels} were asked for")
-    return result
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
-        return image
-    if image.mode in ("P", "PA") or mode == "LA":  # not every pair of modes has a direct way
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if (image.height, image.width) == size:
-        return image
-    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
