@@ -29,7 +29,7 @@ import lightning_automl.tasks  # noqa: F401  # these imports make the short clas
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
-from lightning_automl.process import keep_freed_memory, logging_to, rank
+from lightning_automl.process import keep_freed_memory, messages, rank
 from lightning_automl.rundir import (
     DiskFullError,
     UserError,
@@ -67,6 +67,7 @@ class AutoMLCLI(LightningCLI):
         self.finished_before = False
         self.directory: Path | None = None
         with contextlib.ExitStack() as self.held:  # what is to be given back when the command ends
+            self.log_to = self.held.enter_context(messages())
             super().__init__(
                 LightningModule,
                 LightningDataModule,
@@ -188,6 +189,7 @@ class AutoMLCLI(LightningCLI):
         if rank() == 0:
             os.environ[DIRECTORY_VARIABLE] = str(self.directory)
             self.held.callback(os.environ.pop, DIRECTORY_VARIABLE, None)
+            self.log_to(self.directory / "log.txt")
             if self.subcommand == "fit":
                 write_text(self.directory / "config.yaml", self.dump())
         return self.directory
@@ -250,13 +252,12 @@ class AutoMLCLI(LightningCLI):
             summary = read_json(self.directory / "summary.json")
             print(f"{self.directory} is finished: {_shown(summary['metrics'])}; larger limits would continue it")
             return
-        with logging_to(self.directory / "log.txt"):
-            try:
-                super()._run_subcommand(subcommand)
-                self._part()
-            except BaseException as error:
-                self._note_failure(self.directory, error)
-                raise
+        try:
+            super()._run_subcommand(subcommand)
+            self._part()
+        except BaseException as error:
+            self._note_failure(self.directory, error)
+            raise
 
     def _part(self) -> None:
         """Let the processes of a run end together: one that ends earlier takes the others with it."""

@@ -4,7 +4,8 @@ import contextlib
 import ctypes
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -16,16 +17,21 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send the messages of this package, of Lightning and of ``warnings`` to ``path`` and the terminal, on rank 0."""
+def messages() -> Iterator[Callable[[Path], None]]:
+    """Show the messages of this package on the terminal and keep them, Lightning's and ``warnings`` for a file.
+
+    On rank 0 alone; other ranks are silent.
+
+    Yields:
+        To be called with the path of the file as soon as it is known; what came before is then written to it as well.
+    """
     if rank() != 0:
         warnings.simplefilter("ignore")
-        yield
+        yield lambda path: None
         return
-    to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.INFO)
+    to_file = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.captureWarnings(True)
     # Lightning 2.6.6 calls what torch 2.14 deprecates, at every batch structure that it looks at.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
@@ -33,16 +39,26 @@ def logging_to(path: Path) -> Iterator[None]:
     own.setLevel(logging.DEBUG)
     sinks: dict[logging.Logger, tuple[logging.Handler, ...]] = {own: (to_file, to_terminal)}
     sinks |= {logging.getLogger(name): (to_file,) for name in ("lightning.pytorch", "py.warnings")}
+
+    def write_to(path: Path) -> None:
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        to_file.setTarget(file)
+        to_file.flush()
+        to_file.capacity = 1  # from now on each message is written at once
+
     for logger, handlers in sinks.items():
         for handler in handlers:
             logger.addHandler(handler)
     try:
-        yield
+        yield write_to
     finally:
         logging.captureWarnings(False)
         for logger, handlers in sinks.items():
             for handler in handlers:
                 logger.removeHandler(handler)
+        if to_file.target is not None:
+            to_file.target.close()
         to_file.close()
 
 

@@ -356,6 +356,15 @@ def test_the_users_own_callbacks_and_logger_work_beside_ours(fit, tmp_path):
     assert read("run/summary.json")["status"] == "finished"
 
 
+def test_what_happens_to_the_keys_of_a_weight_file_is_told_and_logged(fit):
+    fit("--dir=run", "--model.model=ResNet", "--model.model.depth=8")
+    keys = ("--model.model=ResNet", "--model.model.depth=8", "--model.model.weights=run/checkpoints/best.ckpt")
+    answer = fit("--dir=again", *keys)
+    assert answer.status == 0, answer.err
+    assert "matched" in answer.err
+    assert "matched" in Path("again/log.txt").read_text()
+
+
 def test_print_config_shows_the_config_and_runs_nothing(command, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         command("fit", "--config", DIGITS, "--print_config")
