@@ -28,6 +28,7 @@ import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
 from lightning_automl.mistakes import one_sentence, root_cause
+from lightning_automl.models import flop_count, parameter_count
 from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
 from lightning_automl.process import keep_freed_memory, messages, rank
 from lightning_automl.rundir import (
@@ -363,10 +364,26 @@ class AutoMLCLI(LightningCLI):
         if metrics:
             log.info("%s: %s", directory, _shown(metrics))
 
+    def _network(self) -> dict[str, Any]:
+        """Name and cost of the network, also told to the user."""
+        network = getattr(self.model, "model", self.model)
+        cost: dict[str, Any] = {"class": type(network).__name__, "parameters": parameter_count(network)}
+        told = f"{cost['class']}: {cost['parameters']:,} parameters"
+        data: Any = self.datamodule
+        if network is not self.model and hasattr(data, "channels") and hasattr(data, "image_size"):
+            cost["flops"] = flop_count(network, (data.channels, *data.image_size))
+            told += f", {cost['flops'] / 1e6:,.1f} million floating-point operations an image"
+        log.info("%s; precision %s", told, self.trainer.precision)
+        return cost
+
     def _describe(self) -> None:
         """Write ``environment.json``; a continued run adds to it when it goes on with other versions or hardware."""
         path = self.writer.directory / "environment.json"
-        now = {**environment(self._get(self.config, "seed_everything")), "precision": str(self.trainer.precision)}
+        now = {
+            **environment(self._get(self.config, "seed_everything")),
+            "precision": str(self.trainer.precision),
+            "network": self._network(),
+        }
         before = read_json(path)
         if before is not None:
             changed = [key for key in ("versions", "hardware", "precision", "commit") if before.get(key) != now[key]]

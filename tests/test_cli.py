@@ -37,6 +37,7 @@ def test_a_fit_leaves_what_the_design_promises(fit, tmp_path):
     environment = read(run / "environment.json")
     assert environment["seed"] == 0
     assert {"versions", "hardware", "commit", "precision"} < set(environment)
+    assert environment["network"] == {"class": "TunableCNN", "parameters": 151_402, "flops": 891_392}
     assert "epoch 1/2" in (run / "log.txt").read_text()
     kept = yaml.safe_load((run / "config.yaml").read_text())
     assert "dir" not in kept
