@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TextIO
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -14,6 +16,18 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 def rank() -> int:
     """Global rank of this process, 0 when it is the only one."""
     return int(getattr(rank_zero_only, "rank", 0))
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes to stderr, or on a terminal above the progress bar that rich keeps there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not sys.stderr.isatty():
+            super().emit(record)
+            return
+        from rich import get_console  # the one that Lightning's progress bar uses
+
+        get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -29,7 +43,7 @@ def messages() -> Iterator[Callable[[Path], None]]:
         warnings.simplefilter("ignore")
         yield lambda path: None
         return
-    to_terminal = logging.StreamHandler()
+    to_terminal = _Terminal()
     to_terminal.setLevel(logging.INFO)
     to_file = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.captureWarnings(True)
