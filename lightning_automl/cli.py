@@ -433,6 +433,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 the run failed, 2 a mistake in what was given."""
     keep_freed_memory()
     adapt_jsonargparse()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # somebody's own classes lie beside their configs
     # Lightning's advertisements and hints about its own services are not messages of the run.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,6 +1,7 @@
 import csv
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_fit_leaves_what_the_design_promises(fit, tmp_path):
     environment = read(run / "environment.json")
     assert environment["seed"] == 0
     assert {"versions", "hardware", "commit", "precision"} < set(environment)
-    assert environment["network"] == {"class": "TunableCNN", "parameters": 151_402, "flops": 891_392}
+    assert environment["network"] == {"class": "TunableCNN", "parameters": 338_250, "flops": 2_959_872}
     assert "epoch 1/2" in (run / "log.txt").read_text()
     kept = yaml.safe_load((run / "config.yaml").read_text())
     assert "dir" not in kept
@@ -178,6 +179,44 @@ def test_somebodys_own_data_module_works_with_what_the_user_says_of_it(command):
     answer = command("fit", "--config", DIGITS, *SHORT, f"--data={__name__}.PlainData", *keys, "--dir=run")
     assert answer.status == 0, answer.err
     assert read("run/summary.json")["test_opened"] == 0  # it has no test split
+
+
+OWN = """
+import torch
+from torch import nn
+from lightning_automl.tasks import ClassificationTask
+
+class MyTask(ClassificationTask):
+    def __init__(self, *arguments, greeting: str = "hello", **keywords):
+        super().__init__(*arguments, **keywords)
+        self.greeting = greeting
+
+class MyNetwork(nn.Module):
+    def __init__(self, num_classes: int, width: int = 4):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+def my_loss(logits, labels):
+    return nn.functional.cross_entropy(logits, labels) * 2
+"""
+
+
+def test_somebodys_own_task_network_and_loss_go_by_their_class_paths(command, tmp_path, monkeypatch):
+    (tmp_path / "my_own.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    parts = {"model": {"class_path": "my_own.MyNetwork", "init_args": {"width": 8}}, "loss": "my_own.my_loss"}
+    config = {
+        "model": {"class_path": "my_own.MyTask", "init_args": {**parts, "greeting": "good morning"}},
+        "data": {"class_path": "DigitsDataModule"},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    answer = command("fit", "--config=c.yaml", *SHORT, "--dir=run")
+    assert answer.status == 0, answer.err
+    assert "MyNetwork: 610 parameters" in answer.err
+    assert command("test", "--dir=run").status == 0
 
 
 BAD = {

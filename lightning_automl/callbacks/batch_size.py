@@ -53,7 +53,8 @@ class BatchSizeProbe(Callback):
         buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         try:
             precision = trainer.precision_plugin.forward_context()
-            with torch.random.fork_rng(), precision, torch.set_grad_enabled(stage == "fit"):
+            seeds = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with seeds, precision, torch.set_grad_enabled(stage == "fit"):
                 images = torch.zeros(size, data.channels, *data.image_size, dtype=torch.uint8, device=device)
                 total = pl_module(images).float().sum()
                 if stage != "fit":

@@ -154,7 +154,7 @@ class ImageDataModule(LightningDataModule, ABC):
         *,
         batch_size: int | Literal["auto"] = 128,
         base_augment: Literal["none", "crop", "crop_flip"] = "none",
-        train_policy: nn.Module | Callable[[Tensor], Tensor] | None = None,
+        train_policy: nn.Module | Callable[[Tensor], Any] | None = None,
         fold: int | None = None,
         folds: int = 5,
         subset: float | None = None,

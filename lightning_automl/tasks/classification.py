@@ -65,9 +65,10 @@ class ClassificationTask(LightningModule):
         num_classes: int,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
-        loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        # Any, since jsonargparse takes a function only if its annotations agree with those that stand here
+        loss: nn.Module | Callable[[Tensor, Tensor], Any] | None = None,
         class_weights: Literal["balanced"] | list[float] | None = None,
-        mix: nn.Module | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        mix: nn.Module | Callable[[Tensor, Tensor], Any] | None = None,
         decay_norms_and_biases: bool = True,
         channels_last: bool = True,
         compile: bool = False,
