@@ -74,6 +74,7 @@ class RunWriter(Checkpoint):
         self.every_n_steps = every_n_steps
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
+        self._is_best = False  # whether the newest checkpoint is that of the best epoch
         self._validated = False
         self._epoch_started = time.monotonic()
 
@@ -88,16 +89,16 @@ class RunWriter(Checkpoint):
         return self.directory / "checkpoints" / "best.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far and the best of them."""
-        return {"rows": self.rows, "best": self.best}
+        """The rows so far, the best of them, and whether it is this checkpoint's."""
+        return {"rows": self.rows, "best": self.best, "is_best": self._is_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the rows of the run that is continued."""
-        self.rows, self.best = state_dict["rows"], state_dict["best"]
+        self.rows, self.best, self._is_best = state_dict["rows"], state_dict["best"], state_dict["is_best"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mend ``best.ckpt`` if the run was killed between writing the last checkpoint and linking the best to it."""
-        if self.rows and self.rows[-1] == self.best and trainer.is_global_zero and self.last_checkpoint.exists():
+        if self._is_best and trainer.is_global_zero and self.last_checkpoint.exists():
             _link(self.last_checkpoint, self.best_checkpoint)
         trainer.strategy.barrier()
 
@@ -111,6 +112,7 @@ class RunWriter(Checkpoint):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         batches = (self.every_n_steps or 0) * trainer.accumulate_grad_batches  # gradients are not in a checkpoint
         if batches and progress.current.ready % batches == 0 and not progress.is_last_batch:
+            self._is_best = False
             trainer.save_checkpoint(self.last_checkpoint, weights_only=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,7 +134,8 @@ class RunWriter(Checkpoint):
         else:
             self.rows.append(row)
         judged = self._validated or not trainer.enable_validation
-        better = judged and self._is_better(row, trainer.enable_validation)
+        self._is_best = better = judged and self._is_better(row, trainer.enable_validation)
+        self._validated = False
         if better:
             self.best = self.rows[-1]
         trainer.save_checkpoint(self.last_checkpoint, weights_only=False)

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lightning_automl.callbacks import AtomicCheckpointIO, RunWriter, mode_of
 from lightning_automl.data import DigitsDataModule
@@ -24,15 +24,15 @@ class Scripted(ClassificationTask):
             self.log("val_accuracy", torch.tensor(self.numbers[self.current_epoch]))
 
 
-def fit(directory, numbers, writer=None, epochs=None, **arguments):
+def fit(directory, numbers, writer=None, others=(), **arguments):
     writer = writer or RunWriter(directory)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
-        max_epochs=epochs or len(numbers),
+        max_epochs=len(numbers),
         limit_train_batches=2,
         limit_val_batches=1,
         accelerator="cpu",
-        callbacks=[writer],
+        callbacks=[writer, *others],
         plugins=[AtomicCheckpointIO()],
         **quiet,
         **arguments,
@@ -76,6 +76,24 @@ def test_a_kill_between_last_and_best_is_mended(tmp_path):
     os.unlink(writer.best_checkpoint)
     fit(tmp_path, [0.1, 0.9, 0.2])
     assert epoch_of(writer.best_checkpoint) == 1
+
+
+class StopWithin(Callback):
+    """Fails within the second epoch, after a checkpoint was written there."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            raise InterruptedError
+
+
+def test_a_kill_within_an_epoch_leaves_the_best_checkpoint_alone(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, [0.9, 0.1], RunWriter(tmp_path, every_n_steps=1), others=[StopWithin()])
+    best = (tmp_path / "checkpoints/best.ckpt").read_bytes()
+    assert epoch_of(tmp_path / "checkpoints/last.ckpt") == 1
+    writer = fit(tmp_path, [0.9, 0.1], RunWriter(tmp_path, every_n_steps=1))
+    assert writer.best_checkpoint.read_bytes() == best
+    assert [row["epoch"] for row in writer.rows] == [0, 1]
 
 
 def test_a_continued_table_has_each_epoch_once(tmp_path):
