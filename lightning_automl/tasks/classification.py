@@ -33,7 +33,8 @@ class ClassificationTask(LightningModule):
         model: Maps images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``; one logit will do
             for two classes with ``BinaryCrossEntropy``.
         num_classes: Number of labels.
-        optimizer: Called with the parameters, or with parameter groups, to train.
+        optimizer: Called with the parameters, or with parameter groups, to train. Fused optimizers never wait for the
+            device; AdamW that is not reads a number of it for every parameter and step.
         scheduler: Called with the optimizer; ``total_steps`` is filled in when it takes such an argument and has none,
             and it then steps after every batch (``OneCycleLR``, ``WarmupCosineLR``), else after every epoch.
         loss: Maps logits and labels ``(batch,)`` int64, or soft labels ``(batch, num_classes)``, to a scalar;
@@ -63,7 +64,7 @@ class ClassificationTask(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         # Any, since jsonargparse takes a function only if its annotations agree with those that stand here
         loss: nn.Module | Callable[[Tensor, Tensor], Any] | None = None,
