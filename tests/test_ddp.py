@@ -73,7 +73,7 @@ def test_one_checkpoint_gives_the_same_test_metrics_on_one_and_two_ranks(tmp_pat
 
 
 def test_a_killed_run_of_two_ranks_goes_on_with_the_same_command(tmp_path):
-    keys = ["fit", "--config", DIGITS, "--trainer.devices=2", "--trainer.max_epochs=8", "--checkpoint_every_n_steps=3"]
+    keys = ["fit", "--config", DIGITS, "--trainer.devices=2", "--trainer.max_epochs=16", "--checkpoint_every_n_steps=3"]
     run(*keys, "--dir=whole", cwd=tmp_path)
     command = [sys.executable, "-m", "lightning_automl", *keys, "--dir=killed"]
     with (tmp_path / "log").open("w") as log:

@@ -48,6 +48,10 @@ def start(folder, run):
     os._exit(main(["fit", "--config", str(folder / "c.yaml"), "--dir", str(folder / run)]))
 
 
+def written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def serve(folder):
     import sklearn.datasets  # noqa: F401
     import torch
@@ -59,12 +63,16 @@ def serve(folder):
     moments = random.Random(0)
     last = folder / "killed/checkpoints/last.ckpt"
     for kill in range(KILLS):
-        before = last.stat().st_mtime_ns if last.exists() else 0
         child = start(folder, "killed")
-        if kill >= 3:  # three times at any moment from the start on, else after it has gone on
-            while (last.stat().st_mtime_ns if last.exists() else 0) == before:
-                time.sleep(0.005)
-        time.sleep(moments.uniform(0, 2.0 if kill < 3 else 0.5))
+        if kill < 3:  # at any moment from the start on
+            time.sleep(moments.uniform(0, 0.8))
+        else:  # at any moment after it has gone on by some checkpoints: also while it writes one
+            for _ in range(moments.randint(1, 6)):
+                before = written(last)
+                while written(last) == before:
+                    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it was killed"
+                    time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.05))
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it was killed"
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
