@@ -183,9 +183,8 @@ class AutoMLCLI(LightningCLI):
     def _settle(self) -> Path:
         """Make the directory if none was given, and write down there what the run is."""
         if self.directory is None:
-            name = "fit" if self.subcommand == "fit" else str(self.subcommand)
             files = self._get(self.config, "config")
-            self.directory = new_directory(Path(str(files[-1])).stem if files else name)
+            self.directory = new_directory(Path(str(files[-1])).stem if files else str(self.subcommand))
             self.held.enter_context(lock(self.directory))
         if rank() == 0:
             os.environ[DIRECTORY_VARIABLE] = str(self.directory)
@@ -421,10 +420,9 @@ def _predictions_table(data: Any, probabilities: torch.Tensor) -> str:
     writer = csv.writer(text)
     writer.writerow(["image", "label", "predicted", *(f"probability_{name}" for name in classes)])
     for index, row in enumerate(probabilities.tolist()):
-        image, label = (
-            (index, "") if rows is None else (data.contents.names[rows[index]], data.contents.labels[rows[index]])
-        )
-        label = label if label == "" else classes[int(label)]
+        image, label = str(index), ""
+        if rows is not None:
+            image, label = data.contents.names[rows[index]], classes[data.contents.labels[rows[index]]]
         writer.writerow([image, label, classes[max(range(len(row)), key=row.__getitem__)], *(f"{p:.6g}" for p in row)])
     return text.getvalue()
 

@@ -1,5 +1,6 @@
 """Two real processes with gloo stand for two GPUs."""
 
+import csv
 import json
 import os
 import subprocess
@@ -52,8 +53,9 @@ def test_two_ranks_end_with_the_weights_of_one_process(config, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5)
-    moved = weights(tmp_path / "one")["model.head.weight"] if "model.head.weight" in one else None
-    assert moved is None or moved.abs().sum() > 0
+    with (tmp_path / "one/metrics.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.99 * losses[0]  # the weights that agree have been trained
     for name, value in metrics(tmp_path / "one").items():
         if not name.startswith("train_"):
             assert metrics(tmp_path / "two")[name] == pytest.approx(value, abs=1e-5), name
