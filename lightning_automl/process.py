@@ -10,12 +10,12 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 
 def rank() -> int:
     """Global rank of this process, 0 when it is the only one."""
-    return int(getattr(rank_zero_only, "rank", 0))
+    # Lightning knows it, once it is imported; what does without Lightning is one process.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    return int(getattr(getattr(lightning, "rank_zero_only", None), "rank", 0))
 
 
 class _Terminal(logging.StreamHandler[TextIO]):

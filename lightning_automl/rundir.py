@@ -20,8 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import torch
-
 Status = Literal["finished", "pruned", "failed"]
 
 #: Distributions whose versions decide whether a run can be repeated bit for bit.
@@ -223,6 +221,8 @@ def environment(seed: int | None) -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """Processor, its bf16 units, threads, memory in bytes and the names of the GPUs."""
+    import torch  # what only reads a run directory does without
+
     capabilities = torch.cpu.get_capabilities()
     return {
         "platform": platform.platform(),

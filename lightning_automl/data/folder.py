@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.data.base import ImageDataModule, Index
-from lightning_automl.data.image_files import EXTENSIONS, ImageFile, check_decoding, decode_or_error, read_header
+from lightning_automl.image_files import EXTENSIONS, ImageFile, check_decoding, decode_or_error, read_header
 from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
