@@ -1,7 +1,9 @@
 """Layers and checks that several networks share."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_automl.rundir import UserError
@@ -68,3 +70,48 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None = N
             f"images have {height} x {width} pixels, but the network was built for {size[0]} x {size[1]}; "
             f"set its image_size to [{height}, {width}]"
         )
+
+
+def channel_normalization(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[list[float], list[float]] | None:
+    """Check the mean and standard deviation of each channel with which weights were trained.
+
+    Returns:
+        Both as lists of ``channels`` numbers, or ``None`` when neither is given.
+
+    Raises:
+        UserError: If only one is given, the numbers are not one a channel, or a standard deviation is not above 0.
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise UserError(f"{'mean' if mean is None else 'std'} is missing; give both mean and std, or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise UserError(f"{name} has {len(values)} numbers for {channels} channels; give one a channel")
+    if min(std) <= 0:
+        raise UserError(f"std is {list(std)}; standard deviations are above 0")
+    return list(mean), list(std)
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise a UserError if ``value`` is no probability in [0, 1)."""
+    if not 0 <= value < 1:
+        raise UserError(f"{name} is {value}; it is a probability in [0, 1)")
+
+
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images ``(batch, channels, height, width)``, float, bilinearly; those of that size come back as is.
+
+    Args:
+        images: Images of any size, in either memory format, which is kept.
+        size: Height and width, in pixels.
+    """
+    height, width = images.shape[2:]
+    if (height, width) == size:
+        return images
+    # A smaller image is averaged over all pixels that it stands for; a larger one would only be slower to make so.
+    shrinks = height > size[0] or width > size[1]
+    # in float32, since CPUs have no antialiasing for bfloat16
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=shrinks).to(images.dtype)

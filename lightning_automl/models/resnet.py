@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_automl.models.layers import check_images, norm_layer
+from lightning_automl.models.layers import channel_normalization, check_images, norm_layer
 from lightning_automl.models.weights import load_weights
 from lightning_automl.rundir import UserError
 
@@ -63,7 +63,7 @@ class ResNet(nn.Module):
         if shortcut not in ("A", "B"):
             raise UserError(f"unknown shortcut {shortcut!r}; known: A, B")
         self.in_channels = in_channels
-        self.normalization = _normalization(mean, std, in_channels)
+        self.normalization = channel_normalization(mean, std, in_channels)
         # The names of the parts are those of the CIFAR-10 weights at https://github.com/akamaster/pytorch_resnet_cifar10.
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = norm_layer(norm, width)
@@ -145,18 +145,3 @@ def _stage(
             for before, after in pairwise(channels)
         )
     )
-
-
-def _normalization(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[list[float], list[float]] | None:
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None:
-        raise UserError(f"{'mean' if mean is None else 'std'} is missing; give both mean and std, or neither")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise UserError(f"{name} has {len(values)} numbers for {channels} channels; give one a channel")
-    if min(std) <= 0:
-        raise UserError(f"std is {list(std)}; standard deviations are above 0")
-    return list(mean), list(std)

@@ -2,8 +2,11 @@
 
 import logging
 import pickle
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +20,10 @@ from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
 
-#: What wrappers put before the names of a network's tensors: DataParallel, LightningModules, torch.compile.
-_WRAPPERS = ("module.", "model.", "_orig_mod.")
+#: What wrappers put before the names of a network's tensors: DataParallel, LightningModules, torch.compile, Backbone.
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "network.")
+
+_loading: ContextVar[bool] = ContextVar("loading", default=True)
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,33 @@ class LoadReport:
     unused: list[str]
 
 
-def load_weights(model: nn.Module, path: str) -> LoadReport:
-    """Load weights into ``model``.
+@contextmanager
+def without_loading() -> Iterator[None]:
+    """Build networks inside without their first weights: no file is read, nothing is downloaded.
 
-    A classification head for another number of classes is left as it is: its names are then both among the missing and
-    among the unused. Batch norms' counters of batches, which older files lack and nothing reads, are not reported.
+    For when a checkpoint replaces all weights anyway (testing, classifying, resuming): where the first weights came
+    from may be gone by then. It holds for this thread (or task of asyncio) alone.
+    """
+    token = _loading.set(False)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def is_loading() -> bool:
+    """Whether networks load their first weights, that is, whether this is outside :func:`without_loading`."""
+    return _loading.get()
+
+
+def load_weights(model: nn.Module, path: str) -> LoadReport:
+    """Load weights into ``model``; nothing happens inside :func:`without_loading`.
+
+    Names are compared without what wrappers put before them, so that the file may be of a wrapped network and ``model``
+    the bare one, or the other way round. A classification head for another number of classes is left as it is: its
+    names are then both among the missing and among the unused. A first convolution for another number of input channels
+    is adapted, see :func:`adapt_channels`. Batch norms' counters of batches, which older files lack and nothing reads,
+    are not reported.
 
     Args:
         model: Network whose tensors are replaced, in place.
@@ -54,34 +81,47 @@ def load_weights(model: nn.Module, path: str) -> LoadReport:
     Raises:
         UserError: If there is no such file, it cannot be read as tensors, or it is of another network.
     """
-    given = _read(_download(path) if path.startswith(("http://", "https://")) else _find(path))
+    if not is_loading():
+        return LoadReport([], [], [])
+    content = _read(_download(path) if path.startswith(("http://", "https://")) else _find(path))
+    names = {_present_name(name): name for name in content}
+    given = {present: content[name] for present, name in names.items()}
     own = model.state_dict()
-    prefix = _common_prefix(own, given)
+    wrapper = _own_wrapper(own)
+    prefix = _common_prefix({name.removeprefix(wrapper) for name in own}, given)
     head = _head(model)
+    first = first_convolution(model)
     loaded: dict[str, Tensor] = {}
+    used: set[str] = set()
     reshaped: list[str] = []
     for name, value in own.items():
-        other = given.get(prefix + name)
-        if other is None:
+        source = prefix + name.removeprefix(wrapper)
+        if source not in given:
             continue
+        other = given[source]
+        if first is not None and name == f"{first[0]}.weight".removeprefix(".") and _differ_in_channels(value, other):
+            log.info("%s: %s adapted from %d to %d channels", path, name, other.shape[1], value.shape[1])
+            other = adapt_channels(other, value.shape[1])
         if other.shape == value.shape:
             loaded[name] = other
+            used.add(source)
         elif name not in head or other.shape[1:] != value.shape[1:]:
             reshaped.append(f"{name} {tuple(other.shape)} instead of {tuple(value.shape)}")
     if not loaded or reshaped:
         reason = (
             f"tensors of another shape: {_some(reshaped)}"
             if reshaped
-            else f"it has {_some(list(given))}, but the network has {_some(list(own))}"
+            else f"it has {_some(list(content))}, but the network has {_some(list(own))}"
         )
         raise UserError(
             f"{path} is a checkpoint of another network ({reason}); build the network that it was saved from"
         )
-    model.load_state_dict(loaded, strict=False)
+    own.update(loaded)  # and not a dictionary of our own: MNASNet refuses one without the version that this one has
+    model.load_state_dict(own)
     report = LoadReport(
         matched=list(loaded),
         missing=[name for name in own if name not in loaded and not name.endswith("num_batches_tracked")],
-        unused=[name for name in given if name.removeprefix(prefix) not in loaded or not name.startswith(prefix)],
+        unused=[name for present, name in names.items() if present not in used],
     )
     partial = set(report.missing) - head
     log.log(
@@ -94,6 +134,41 @@ def load_weights(model: nn.Module, path: str) -> LoadReport:
     )
     log.info("matched: %s", ", ".join(report.matched))
     return report
+
+
+def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """Name and module of the convolution that sees the images, ``None`` if there is none; grouped ones are not."""
+    found = next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
+    return found if found is not None and found[1].groups == 1 else None
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Make the weight of a first convolution fit images with another number of channels.
+
+    For one channel the weights are summed: a grey image gives what the same image in grey RGB gave. For more they are
+    repeated in turn and scaled by ``inputs / channels``, which keeps the size of the outputs, as timm does.
+
+    Args:
+        weight: ``(outputs, inputs, height, width)``.
+        channels: Channels of the images.
+
+    Returns:
+        ``(outputs, channels, height, width)``.
+    """
+    inputs = weight.shape[1]
+    if channels == inputs:
+        return weight
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, [channel % inputs for channel in range(channels)]] * (inputs / channels)
+
+
+def _differ_in_channels(own: Tensor, given: Tensor) -> bool:
+    return (
+        own.ndim == given.ndim == 4
+        and own.shape[1] != given.shape[1]
+        and own.shape[:1] + own.shape[2:] == given.shape[:1] + given.shape[2:]
+    )
 
 
 def _find(path: str) -> Path:
@@ -153,7 +228,23 @@ def _read(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _common_prefix(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+def _present_name(name: str) -> str:
+    """The name that torchvision's DenseNets have now; their published files are older than it."""
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
+
+
+def _own_wrapper(own: Iterable[str]) -> str:
+    """The chain of wrappers' names with which all names of the network begin."""
+    names, chain = list(own), ""
+    while names:
+        wrapper = next((part for part in _WRAPPERS if all(name.startswith(chain + part) for name in names)), None)
+        if wrapper is None:
+            break
+        chain += wrapper
+    return chain
+
+
+def _common_prefix(own: set[str], given: Iterable[str]) -> str:
     """The chain of wrappers' names under which most of the network's names are found in the file."""
     found: Counter[str] = Counter()
     for name in given:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_automl.models import ResNet, TunableCNN, load_weights
+from lightning_automl.models import LoadReport, ResNet, TunableCNN, load_weights, without_loading
+from lightning_automl.models.weights import adapt_channels
 
 
 def network(classes=3, depth=8):
@@ -67,6 +68,79 @@ def test_a_network_whose_own_names_begin_like_a_wrapper_is_read(tmp_path):
     path = save({f"model.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "a.pt")
     load_weights(loaded, str(path))
     assert same(loaded, saved)
+
+
+@pytest.mark.parametrize("wrapper", ["network.", "model.network.", "_orig_mod.", "model._orig_mod.network."])
+def test_wrapped_networks_load_bare_files_and_the_other_way_round(wrapper, tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self, chain):
+            super().__init__()
+            first, *rest = chain
+            setattr(self, first, Wrapper(rest) if rest else network())
+
+    bare, wrapped = network(), Wrapper(wrapper.split(".")[:-1])
+    names = {f"{wrapper}{name}" for name in bare.state_dict()}
+    assert wrapped.state_dict().keys() == names
+    report = load_weights(wrapped, str(save(bare.state_dict(), tmp_path / "bare.pt")))
+    assert set(report.matched) == names
+    assert report.unused == []
+    other = network()
+    report = load_weights(other, str(save(wrapped.state_dict(), tmp_path / "wrapped.pt")))
+    assert report.unused == []
+    assert same(other, bare)
+
+
+def test_the_first_convolution_is_adapted_to_the_channels(tmp_path, caplog):
+    saved = network()
+    path = str(save({"state_dict": {f"model.{k}": v for k, v in saved.state_dict().items()}}, tmp_path / "a.pt"))
+    grey, five = (ResNet(3, channels, depth=8, width=4) for channels in (1, 5))
+    with caplog.at_level(logging.INFO):
+        report = load_weights(grey, path)
+    assert f"{path}: conv1.weight adapted from 3 to 1 channels" in caplog.text
+    assert report == LoadReport(matched=list(grey.state_dict()), missing=[], unused=[])
+    images = torch.rand(2, 1, 12, 12)
+    torch.testing.assert_close(grey.eval()(images), saved.eval()(images.expand(-1, 3, -1, -1)))
+    load_weights(five, path)
+    torch.testing.assert_close(five.conv1.weight, saved.conv1.weight[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    back = network()
+    load_weights(back, str(save(grey.state_dict(), tmp_path / "grey.pt")))
+    torch.testing.assert_close(back.conv1.weight, grey.conv1.weight.expand(-1, 3, -1, -1) / 3)
+
+
+def test_other_convolutions_are_not_adapted(tmp_path):
+    first, second = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, groups * 2, 3, groups=groups), nn.Flatten(), nn.Linear(2, 2))
+        for groups in (1, 2)
+    )
+    state = first.state_dict()
+    state["1.weight"] = torch.rand(4, 4, 3, 3)
+    state["1.bias"] = torch.rand(4)
+    with pytest.raises(ValueError, match=r"1\.weight \(4, 4, 3, 3\) instead of \(4, 2, 3, 3\)"):
+        load_weights(second, str(save(state, tmp_path / "a.pt")))
+
+
+def test_adapted_channels_by_hand():
+    weight = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
+    assert adapt_channels(weight, 1).flatten().tolist() == [9]
+    assert adapt_channels(weight, 2).flatten().tolist() == [1.5, 3]
+    assert adapt_channels(weight, 3) is weight
+    assert adapt_channels(weight, 4).flatten().tolist() == [0.75, 1.5, 4.5, 0.75]
+    assert adapt_channels(weight[:, :1], 2).flatten().tolist() == [0.5, 0.5]
+
+
+def test_without_loading_no_file_is_asked_for(tmp_path):
+    path = str(tmp_path / "gone.pt")
+    before = network()
+    after = network()
+    after.load_state_dict(before.state_dict())
+    with without_loading():
+        assert load_weights(after, path) == LoadReport([], [], [])
+        ResNet(3, depth=8, weights="http://nowhere.invalid/a.pt")
+    assert same(after, before)
+    with pytest.raises(ZeroDivisionError), without_loading():
+        1 / 0  # noqa: B018
+    with pytest.raises(ValueError, match="there is no weight file"):
+        load_weights(after, path)
 
 
 def test_the_head_of_another_class_count_is_left_at_its_start(tmp_path, caplog):
