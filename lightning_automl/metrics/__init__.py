@@ -1,5 +1,37 @@
 """Metrics, intervals and tests: functions of labels and predictions."""
 
+from lightning_automl.metrics.binary import PredictiveValues, Rates, predictive_values, rates
+from lightning_automl.metrics.calibration import Reliability, expected_calibration_error, fit_temperature, reliability
 from lightning_automl.metrics.classification import StageOutputs, classification_metrics
+from lightning_automl.metrics.comparison import (
+    PairedDifference,
+    ResampledTTest,
+    corrected_resampled_t_test,
+    paired_bootstrap,
+)
+from lightning_automl.metrics.intervals import BootstrapInterval, Interval, bootstrap_interval, clopper_pearson
+from lightning_automl.metrics.scores import SCORES, auroc_by_class, average_precision_by_class
 
-__all__ = ["StageOutputs", "classification_metrics"]
+__all__ = [
+    "SCORES",
+    "BootstrapInterval",
+    "Interval",
+    "PairedDifference",
+    "PredictiveValues",
+    "Rates",
+    "Reliability",
+    "ResampledTTest",
+    "StageOutputs",
+    "auroc_by_class",
+    "average_precision_by_class",
+    "bootstrap_interval",
+    "classification_metrics",
+    "clopper_pearson",
+    "corrected_resampled_t_test",
+    "expected_calibration_error",
+    "fit_temperature",
+    "paired_bootstrap",
+    "predictive_values",
+    "rates",
+    "reliability",
+]

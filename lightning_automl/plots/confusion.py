@@ -1,9 +1,11 @@
 """Confusion matrix of a classifier."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lightning_automl.plots.names import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> "Figure"
 
     Args:
         counts: ``(true, predicted)``.
-        class_names: One name a row.
+        class_names: One name a row; long ones lose their middle.
 
     Returns:
         The figure.
@@ -27,15 +29,20 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> "Figure"
     classes = len(counts)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     readable = classes <= READABLE
-    side = max(3.2, 0.42 * classes + 1.4) if readable else 7.0
-    figure = Figure(figsize=(1.25 * side + 0.8, side + 0.4), layout="constrained")
+    names = [shorten(name) for name in class_names]
+    # Inches: the names need room of their own, or long ones would leave none for the matrix.
+    side = max(2.0, 0.42 * classes) if readable else 5.5
+    text = 0.075 * max(len(name) for name in names) if readable else 0.3
+    figure = Figure(figsize=(1.1 * side + text + 1.3, side + 0.7 * text + 0.7), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.046)
     axes.set(xlabel="predicted class", ylabel="true class")
     if readable:
-        axes.set_xticks(range(classes), labels=list(class_names), rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(classes), labels=list(class_names))
+        # A dollar sign in a name is no formula.
+        style: dict[str, Any] = {"fontsize": 9, "parse_math": False}
+        axes.set_xticks(range(classes), labels=names, rotation=45, ha="right", rotation_mode="anchor", **style)
+        axes.set_yticks(range(classes), labels=names, **style)
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:d}", ha="center", va="center", fontsize=8, color=colour)

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 #: One colour a stage, distinct for colour-blind readers (Okabe and Ito).
 COLOURS = {"train": "#0072B2", "val": "#D55E00", "arch": "#009E73"}
+#: In print without colours the stages are told apart by these.
+DASHES = {"train": "-", "val": "--", "arch": ":"}
 
 
 def learning_curves(rows: Sequence[Mapping[str, float]], metrics: Sequence[str] = ("loss", "accuracy")) -> "Figure":
@@ -36,7 +38,8 @@ def learning_curves(rows: Sequence[Mapping[str, float]], metrics: Sequence[str] 
         for stage, points in lines[metric].items():
             if points:
                 epochs, values = zip(*points, strict=True)
-                axes.plot(epochs, values, label=stage, color=COLOURS[stage], marker="o" if len(points) < 3 else None)
+                style = {"color": COLOURS[stage], "linestyle": DASHES[stage]}
+                axes.plot(epochs, values, label=stage, marker="o" if len(points) < 3 else None, **style)
         axes.set(title=metric.replace("_", " "), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
