@@ -27,12 +27,14 @@ import lightning_automl.losses
 import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
-from lightning_automl.mistakes import one_sentence, root_cause
+from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
+from lightning_automl.models.weights import without_loading
 from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
 from lightning_automl.process import keep_freed_memory, messages, rank
+from lightning_automl.results.configuration import RUN_DEFAULTS, TRAINER_DEFAULTS
+from lightning_automl.results.network import FROM_DATA
 from lightning_automl.rundir import (
-    DiskFullError,
     UserError,
     check_continuation,
     environment,
@@ -75,8 +77,8 @@ class AutoMLCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=None,
-                seed_everything_default=0,
-                trainer_defaults={"num_sanity_val_steps": 0, "logger": False, "max_epochs": 20},
+                seed_everything_default=RUN_DEFAULTS["seed_everything"],
+                trainer_defaults=dict(TRAINER_DEFAULTS),
                 auto_configure_optimizers=False,
                 parser_class=Parser,
             )
@@ -87,29 +89,27 @@ class AutoMLCLI(LightningCLI):
             "--dir", type=str | None, default=None, help="Where everything goes; a new runs/NAME-N by default."
         )
         parser.add_argument(
-            "--monitor", type=str, default="val_accuracy", help="Metric that decides which epoch is the best."
+            "--monitor", type=str, default=RUN_DEFAULTS["monitor"], help="Metric that decides which epoch is the best."
         )
         parser.add_argument(
             "--mode",
             type=Literal["min", "max"] | None,
-            default=None,
+            default=RUN_DEFAULTS["mode"],
             help="Whether the monitored metric is to be small or large; by its name when left out.",
         )
         parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="Open the test split once at the end of fit."
+            "--test_after_fit",
+            type=bool,
+            default=RUN_DEFAULTS["test_after_fit"],
+            help="Open the test split once at the end of fit.",
         )
         parser.add_argument(
             "--checkpoint_every_n_steps",
             type=int | None,
-            default=None,
+            default=RUN_DEFAULTS["checkpoint_every_n_steps"],
             help="Write last.ckpt also within an epoch, after so many optimizer steps.",
         )
-        for source, target in (
-            ("num_classes", "num_classes"),
-            ("num_classes", "model.init_args.num_classes"),
-            ("channels", "model.init_args.in_channels"),
-            ("image_size", "model.init_args.image_size"),
-        ):
+        for source, target in FROM_DATA:
             parser.link_arguments(
                 "data",
                 f"model.init_args.{target}",
@@ -165,7 +165,7 @@ class AutoMLCLI(LightningCLI):
             remove_partial_files(directory)
         if fresh or self.subcommand != "fit":
             return
-        if not (directory / "checkpoints" / "last.ckpt").exists():
+        if not self._goes_on():
             return  # nothing was trained yet: a corrected command may take the place of the first
         before = yaml.safe_load(saved.read_text())
         if config.seed_everything is True:
@@ -179,6 +179,9 @@ class AutoMLCLI(LightningCLI):
             if grown and rank() == 0:
                 # Until it ends again the run is not finished; what it cost so far is kept.
                 summarise(directory, "fit", "failed", reason="not finished: continued with larger limits")
+
+    def _goes_on(self) -> bool:
+        return self.directory is not None and (self.directory / "checkpoints" / "last.ckpt").exists()
 
     def _settle(self) -> Path:
         """Make the directory if none was given, and write down there what the run is."""
@@ -205,13 +208,16 @@ class AutoMLCLI(LightningCLI):
         """Build the parts; a value that one of them refuses is the user's mistake."""
         if self.finished_before:
             return
+        # A checkpoint brings all weights: those that the training began with may be gone by now.
+        trained = self.subcommand != "fit" or self._goes_on()
         try:
-            super().instantiate_classes()
+            with without_loading() if trained else contextlib.nullcontext():
+                super().instantiate_classes()
         except Exception as error:
             # jsonargparse reports whatever a constructor raises as a ValueError of many lines.
             cause = root_cause(error)
             if isinstance(cause, UserError):
-                raise cause from error
+                raise cause from None  # `from error` would close a circle: the error was raised from it
             if isinstance(cause, ValueError | TypeError | ImportError | FileNotFoundError | MisconfigurationException):
                 raise UserError(one_sentence(cause)) from error
             raise
@@ -346,11 +352,10 @@ class AutoMLCLI(LightningCLI):
         if rank() != 0:
             return
         directory = self.writer.directory
-        left = {path.stem: path.name for path in sorted(directory.glob("*.png"))}
+        names = ("*.png", "predictions_*.safetensors", "data.json", "metrics.csv")
+        left = {path.stem: path.name for name in names for path in sorted(directory.glob(name))}
         if self.writer.best_checkpoint.exists():
             left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))
-        if (directory / "metrics.csv").exists():
-            left["metrics"] = "metrics.csv"
         summarise(
             directory,
             str(self.subcommand),
@@ -438,25 +443,11 @@ def run(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         AutoMLCLI(with_saved_config(arguments))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except (UserError, MisconfigurationException) as error:
-        return _complain(one_sentence(error), 2)
-    except DiskFullError as error:
-        return _complain(str(error.strerror), 1)
-    except Exception as error:
-        if isinstance(root_cause(error), UserError):
-            return _complain(str(root_cause(error)), 2)
+    except BaseException as error:
+        status, sentence = ending(error, rank())
         if rank() == 0:
-            traceback.print_exc()
-        return _complain(one_sentence(error), 1)
+            print(sentence, file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends all processes when one has ended: let rank 0 speak
+        return status
     return 0
-
-
-def _complain(sentence: str, status: int) -> int:
-    if rank() == 0:
-        print(f"lightning-automl: {sentence}", file=sys.stderr)
-    else:
-        time.sleep(3)  # torchrun ends all processes when one has ended: let rank 0 speak
-    return status

@@ -1,5 +1,6 @@
 """One image file: what its header says, and its pixels."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,17 @@ class ImageFile:
     size: tuple[int, int] = (0, 0)  # height and width as shown
     channels: int = 0
     deep: bool = False  # more than 8 bits a channel
+    mode: str = ""  # Pillow's, if Pillow reads it
     error: str = ""  # why it cannot be read
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, by their endings and in order; hidden files and folders are passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    return [path for path in found if path.suffix.lower() in EXTENSIONS]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -56,7 +67,7 @@ def read_header(path: Path) -> ImageFile:
                     size = size[::-1] if _orientation(image) in _ROTATED else size
                     deep = image.mode.startswith(_DEEP)
                     grey = deep or image.mode in ("1", "L", "LA", "La")
-                    return ImageFile(path, size, channels=1 if grey else 3, deep=deep)
+                    return ImageFile(path, size, channels=1 if grey else 3, deep=deep, mode=image.mode)
         except (UnidentifiedImageError, SyntaxError):
             if path.suffix.lower() not in _TIFF:
                 return ImageFile(path, error="not an image of a known type")
@@ -140,6 +151,12 @@ def _decode(file: ImageFile, size: tuple[int, int], channels: int) -> NDArray[An
     if len(result) != channels:
         raise UserError(f"{file.path} has {len(result)} channels and {channels} were asked for")
     return result
+
+
+def windowed(pixels: NDArray[Any], window: NDArray[Any]) -> NDArray[np.uint8]:
+    """Map pixels ``(images, channels, height, width)`` to 8 bits, a window ``(channels, 2)`` of values to 0 and 255."""
+    low, high = np.asarray(window, dtype=np.float64).T[:, :, None, None]
+    return np.asarray(np.clip((pixels - low) * (255 / (high - low)), 0, 255).round(), dtype=np.uint8)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

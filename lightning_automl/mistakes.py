@@ -1,13 +1,16 @@
 """One sentence about a mistake, out of the many lines that a parser or a library says about it."""
 
-import inspect
 import re
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from lightning_automl.rundir import UserError
+from lightning_automl.results.configuration import constructor_arguments
+from lightning_automl.results.export import DisagreementError
+from lightning_automl.rundir import DiskFullError, UserError
 
 #: What jsonargparse writes for types, and what a person would.
 TYPES = {"NoneType": "null", "bool": "true or false", "str": "a text", "int": "a whole number", "float": "a number"}
@@ -59,6 +62,31 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
     return _one_line(text)
 
 
+def ending(error: BaseException, rank: int = 0) -> tuple[int, str]:
+    """The exit status of a command that ended by an exception, and what to tell: 2 for a mistake in what was given.
+
+    The traceback of what is nobody's mistake is printed here, on rank 0.
+
+    Args:
+        error: What ended the command; a ``SystemExit`` and the like are raised again.
+        rank: Of this process.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on"
+    if not isinstance(error, Exception):
+        raise error
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    refused = (UserError,) if lightning is None else (UserError, lightning.MisconfigurationException)
+    mistake = error if isinstance(error, refused) else root_cause(error)
+    if isinstance(mistake, refused):
+        return 2, f"lightning-automl: {one_sentence(mistake)}"
+    if isinstance(error, DiskFullError):
+        return 1, f"lightning-automl: {error.strerror}"
+    if rank == 0 and not isinstance(error, DisagreementError):
+        traceback.print_exception(error)
+    return 1, f"lightning-automl: {one_sentence(error)}"
+
+
 def root_cause(error: BaseException) -> BaseException:
     """What an exception was raised from, and that from, to the first; a ``raise ... from None`` ends the chain."""
     while error.__cause__ is not None:
@@ -88,15 +116,9 @@ def _keys(parser: Any) -> Iterator[str]:
 
 
 def _parameters(class_path: str) -> Iterator[str]:
-    """Names of the constructor's arguments, those of the parents included where a class passes on ``**kwargs``."""
+    """Names of the constructor's arguments."""
     module, name = class_path.rsplit(".", 1)
-    for base in inspect.getmro(getattr(import_module(module), name)):
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values() if "__init__" in vars(base) else ()
-        yield from (
-            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
-        )
-        if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return
+    yield from constructor_arguments(getattr(import_module(module), name))
 
 
 def _class_names() -> Iterator[str]:

@@ -1,10 +1,12 @@
-"""What tests of the command line share."""
+"""What tests share: the command line, drawn data, and finished runs, which are made once and never changed."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lightning_automl.__main__ import main
 
@@ -53,3 +55,65 @@ def make_npz():
         return path
 
     return write
+
+
+MODES = {"RGB": "png", "L": "jpg", "RGBA": "png", "P": "gif", "1": "bmp", "CMYK": "tif", "LA": "png", "YCbCr": "jpg"}
+
+
+@pytest.fixture(scope="session")
+def finished_digits(tmp_path_factory):
+    """Three epochs of the digits, the test split opened."""
+    directory = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["fit", "--config", DIGITS, f"--dir={directory}", "--trainer.max_epochs=3"]) == 0
+    return directory
+
+
+@pytest.fixture
+def digits(finished_digits, tmp_path):
+    """A copy of the digits' run."""
+    return shutil.copytree(finished_digits, tmp_path / "digits")
+
+
+def draw_images(folder, number=12):
+    """Two classes, light and dark, in all sizes and modes, and three broken files."""
+    generator = np.random.default_rng(0)
+    for label, level in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for index in range(number):
+            mode, suffix = list(MODES.items())[index % len(MODES)]
+            size = tuple(generator.integers(9, 60, 2))
+            pixels = generator.integers(level - 50, level + 50, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert("RGB").convert(mode).save(folder / label / f"{index}.{suffix}")
+    whole = (folder / "dark" / "0.png").read_bytes()
+    for name, content in (("text.png", b"no image"), ("empty.jpg", b""), ("cut.png", whole[: len(whole) // 2])):
+        (folder / "light" / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_folder(tmp_path_factory):
+    """A small network on a folder of mixed sizes and modes with broken files; the folder is `images` beside the run."""
+    home = tmp_path_factory.mktemp("folder")
+    draw_images(home / "images")
+    config = home / "config.yaml"
+    config.write_text(
+        """
+model:
+  class_path: ClassificationTask
+  init_args:
+    model: {class_path: TunableCNN, init_args: {filters: [8], units: []}}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+data:
+  class_path: FolderDataModule
+  init_args: {path: PATH, image_size: [12, 16], channels: 3, skip_broken: true, batch_size: 8}
+trainer: {max_epochs: 4}
+""".replace("PATH", str(home / "images"))
+    )
+    assert main(["fit", "--config", str(config), f"--dir={home / 'run'}"]) == 0
+    return home / "run"
+
+
+@pytest.fixture
+def folder_run(finished_folder, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(finished_folder, tmp_path / "run")

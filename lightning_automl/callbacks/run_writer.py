@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lightning_automl.callbacks.records import write_data_record, write_predictions
 from lightning_automl.rundir import UserError, replacing, write_text
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class RunWriter(Checkpoint):
     ``last.ckpt`` is always the newest whole checkpoint; ``best.ckpt`` is the same file as the ``last.ckpt`` of its
     epoch (a hard link, so that it costs nothing); of equal epochs, which a small validation split has often, it is the
     latest. The rows of ``metrics.csv`` are a part of the checkpoint, so that a continued run has each epoch once.
-    ``curves.png`` and ``confusion_<split>.png`` follow at the end.
+    ``predictions_val.safetensors`` are those of the best epoch, ``predictions_test.safetensors`` those of a test, and
+    ``data.json`` what the run knows of its images. ``curves.png`` and ``confusion_<split>.png`` follow at the end.
 
     Args:
         directory: The run directory.
@@ -96,6 +98,11 @@ class RunWriter(Checkpoint):
         """Take up the rows of the run that is continued."""
         self.rows, self.best, self._is_best = state_dict["rows"], state_dict["best"], state_dict["is_best"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down what the data are."""
+        if trainer.is_global_zero:
+            write_data_record(self.directory / "data.json", trainer.datamodule)  # type: ignore[attr-defined]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mend ``best.ckpt`` if the run was killed between writing the last checkpoint and linking the best to it."""
         if self._is_best and trainer.is_global_zero and self.last_checkpoint.exists():
@@ -138,6 +145,8 @@ class RunWriter(Checkpoint):
         self._validated = False
         if better:
             self.best = self.rows[-1]
+            # Before the checkpoint: a run killed in between repeats the epoch and writes the same predictions again.
+            self._write_predictions(trainer, pl_module, "val")
         trainer.save_checkpoint(self.last_checkpoint, weights_only=False)
         if trainer.is_global_zero:
             if better:
@@ -208,8 +217,14 @@ class RunWriter(Checkpoint):
         self._draw_confusion(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the confusion matrix of the test split."""
+        """Keep the predictions of the test split and draw its confusion matrix."""
+        self._write_predictions(trainer, pl_module, "test")
         self._draw_confusion(trainer, pl_module, "test")
+
+    def _write_predictions(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        found = getattr(pl_module, "predictions", {}).get(split)
+        if found is not None and trainer.is_global_zero:
+            write_predictions(self.directory / f"predictions_{split}.safetensors", trainer, split, *found)
 
     def _draw_confusion(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         counts = getattr(pl_module, "confusion", {}).get(stage)

@@ -92,6 +92,8 @@ class ClassificationTask(LightningModule):
         self.register_buffer("std", torch.ones(1, 1, 1))
         #: Counts ``(true, predicted)`` of the newest epoch of each stage.
         self.confusion: dict[str, Tensor] = {}
+        #: Probabilities ``(images, num_classes)`` and labels of the newest epoch of each stage but training.
+        self.predictions: dict[str, Batch] = {}
         for stage in self.stages:
             setattr(self, f"{stage}_outputs", StageOutputs())
 
@@ -238,6 +240,8 @@ class ClassificationTask(LightningModule):
         metrics: dict[str, Tensor] = {"loss": loss if stage == "train" else self.loss(logits, labels)}
         metrics |= classification_metrics(scores, labels)
         self.confusion[stage] = multiclass_confusion_matrix(scores, labels, self.num_classes, validate_args=False)
+        if stage != "train":
+            self.predictions[stage] = scores, labels
         if metrics["auroc"].isnan():  # undefined: a single class was seen
             del metrics["auroc"]
         # The values are equal on all ranks; sync_dist only keeps Lightning from asking for it.

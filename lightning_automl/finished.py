@@ -1,0 +1,62 @@
+"""The commands on what a run has left: report, export, classify. Lightning is imported only by those that need it."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_automl.mistakes import ending
+from lightning_automl.process import messages
+from lightning_automl.results import classify, export, report
+from lightning_automl.results.export import SUFFIXES
+from lightning_automl.rundir import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, which are one sentence already."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
+    parser.description = "Write report.html: one page that needs no network, about a run directory, finished or not."
+    parser.add_argument("dir", type=Path, help="run directory")
+    return lambda given: report(given.dir)
+
+
+def _export(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
+    parser.description = "Write the network of the best epoch, normalisation included, after checking its outputs."
+    parser.add_argument("dir", type=Path, help="run directory")
+    parser.add_argument("--format", choices=list(SUFFIXES), default="onnx", help="default: onnx; torch is torch.export")
+    parser.add_argument("--out", type=Path, help="the file; DIR/model.<suffix> by default")
+    return lambda given: export(given.dir, given.format, given.out)
+
+
+def _classify(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
+    parser.description = "Write the label and the class probabilities of new images as CSV."
+    parser.add_argument("source", type=Path, metavar="dir", help="run directory, or an .onnx file made by export")
+    parser.add_argument("images", type=Path, nargs="+", help="folders, images, or lists of files (.txt, .csv)")
+    parser.add_argument("--out", type=Path, help="the CSV file; DIR/classified.csv by default")
+    return lambda given: classify(given.source, given.images, given.out)
+
+
+_COMMANDS = {"report": _report, "export": _export, "classify": _classify}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
+    command, *rest = arguments
+    parser = _Parser(f"lightning-automl {command}", allow_abbrev=False)
+    act = _COMMANDS[command](parser)
+    try:
+        with messages():
+            act(parser.parse_args(rest))
+    except SystemExit:  # --help
+        return 0
+    except BaseException as error:
+        status, sentence = ending(error)
+        print(sentence, file=sys.stderr)
+        return status
+    return 0

@@ -1,0 +1,91 @@
+"""Label new images with a trained network."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_automl.image_files import EXTENSIONS, image_files
+from lightning_automl.results.predictor import Predictor
+from lightning_automl.rundir import UserError, replacing
+
+log = logging.getLogger("lightning_automl")
+
+_SHOWN = 20
+
+
+def classify(source: str | Path, images: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write a table of image files with their most probable class and the probability of each class.
+
+    The columns are ``file``, ``label`` and ``probability_<class>``; files of a folder are named as seen from it, so
+    that ``FolderDataModule(folder, labels=table)`` reads the table. Files that cannot be read are not in it and are
+    listed at the end.
+
+    Args:
+        source: A run directory, or an ``.onnx`` file that ``export`` has written.
+        images: Folders (looked through with their sub-folders), image files, and lists of files: a ``.txt`` with one
+            path a line, or a ``.csv`` with a column ``file``; a path that is not there from here is looked for beside
+            the list.
+        out: The CSV file; ``classified.csv`` in the run directory by default.
+
+    Returns:
+        Path of the table.
+
+    Raises:
+        UserError: If there is no image, or none that can be read.
+    """
+    source = Path(source)
+    if out is None and source.suffix == ".onnx":
+        raise UserError("say where the table is to go: --out labels.csv")
+    target = source / "classified.csv" if out is None else Path(out)
+    names = {path: name for each in images for path, name in _listed(Path(each)).items()}
+    if not names:
+        raise UserError(f"there is no image in {', '.join(map(str, images))}; known: {', '.join(EXTENSIONS)}")
+    predictor = Predictor(source)
+    broken: dict[Path, str] = {}
+    with replacing(target) as partial, partial.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "label", *(f"probability_{name}" for name in predictor.class_names)])
+        for part in predictor.stream(list(names)):
+            broken |= part.broken
+            for path, row in zip(part.files, part.probabilities, strict=True):
+                label = predictor.class_names[int(row.argmax())]
+                table.writerow([names[path], label, *(f"{value:.6g}" for value in row)])
+        if len(broken) == len(names):
+            raise UserError(f"none of the {len(names)} image files can be read: {_some(broken, names)}")
+    log.info("%d images are labelled in %s", len(names) - len(broken), target)
+    if broken:
+        log.warning(
+            "%d of %d files cannot be read and are not in it: %s", len(broken), len(names), _some(broken, names)
+        )
+    return target
+
+
+def _listed(given: Path) -> dict[Path, str]:
+    """The files that an argument names, with what they are called in the table."""
+    if given.is_dir():
+        return {path: str(path.relative_to(given)) for path in image_files(given)}
+    if not given.exists():
+        raise UserError(f"there is no file or folder {given}")
+    kind = given.suffix.lower()
+    if kind == ".csv":
+        with given.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if "file" not in (rows.fieldnames or ()):
+                raise UserError(f"{given} has no column 'file'; it has {', '.join(rows.fieldnames or ['nothing'])}")
+            lines = [row["file"] or "" for row in rows]
+    elif kind == ".txt":
+        lines = given.read_text(encoding="utf-8-sig").splitlines()
+    elif kind in EXTENSIONS:
+        return {given: str(given)}
+    else:
+        raise UserError(
+            f"{given} is neither a folder, an image ({', '.join(EXTENSIONS)}) nor a list of files (.txt, .csv)"
+        )
+    named = [line.strip() for line in lines if line.strip()]
+    return {Path(name) if Path(name).exists() else given.parent / name: name for name in named}
+
+
+def _some(broken: dict[Path, str], names: dict[Path, str]) -> str:
+    shown = ", ".join(f"{names[path]} ({reason})" for path, reason in list(broken.items())[:_SHOWN])
+    return shown + (f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else "")

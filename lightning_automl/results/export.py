@@ -1,0 +1,222 @@
+"""Hand a trained network on as one file that needs nothing of this project."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning_automl import __version__
+from lightning_automl.results.network import Trained, trained_task, what_was_trained
+from lightning_automl.results.run import Run
+from lightning_automl.rundir import UserError, replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("lightning_automl")
+
+Format = Literal["onnx", "torch", "safetensors"]
+
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+
+#: Numbers of images that the outputs are compared for.
+_BATCHES = (1, 2, 5)
+
+
+class DisagreementError(RuntimeError):
+    """An exported file does not give what the network gives; it was removed."""
+
+
+def export(
+    directory: str | Path, format: Format = "onnx", out: str | Path | None = None, tolerance: float = 1e-4
+) -> Path:
+    """Write the network of a run's best epoch, normalisation included, and check that it gives the same outputs.
+
+    The input is float32 ``(batch, channels, height, width)`` in [0, 1], any batch. ``onnx``: the input is called
+    ``images``, the outputs ``logits`` and ``probabilities``. ``torch``: what ``torch.export.load(file).module()``
+    returns for images is the logits. ``safetensors``: the tensors of the task by name, ``mean`` and ``std`` among
+    them, to be read by the argument ``weights`` of a network. Each file holds as metadata, as JSON texts,
+    ``class_names``, ``channels``, ``image_size`` (height, width) and ``window`` (for networks trained on images with
+    more than 8 bits: what became 0 and 1 of each channel).
+
+    Args:
+        directory: A run directory.
+        format: ``onnx``, ``torch`` (torch.export) or ``safetensors``.
+        out: The file; ``model.onnx``, ``model.pt2`` or ``model.safetensors`` in the run directory by default.
+        tolerance: Largest difference between the outputs of file and network for random images, as a share of the
+            largest output where that is above 1.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        UserError: If the run has no finished epoch, or onnx is not installed.
+        DisagreementError: If the outputs differ by more; no file is left.
+    """
+    import torch
+
+    if format not in get_args(Format):
+        raise UserError(f"unknown format {format!r}; known: {', '.join(get_args(Format))}")
+    if format == "onnx":
+        _require_onnx()
+    run = Run.read(directory)
+    trained = what_was_trained(run)
+    task = trained_task(run)
+    target = Path(out) if out is not None else run.directory / f"model{SUFFIXES[format]}"
+    if target.suffix != SUFFIXES[format]:
+        raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
+    write, read = _FORMATS[format]
+    with replacing(target) as partial, torch.no_grad(), _quiet():
+        write(task, trained, partial)
+        difference = _difference(task, trained, read(task, partial))
+        if not difference <= tolerance:
+            raise DisagreementError(
+                f"the {format} file does not give what the network gives: outputs differ by {difference:.3g}, more "
+                f"than {tolerance:g}; it was removed"
+            )
+    log.info("%s: outputs differ by at most %.2g from the network's", target, difference)
+    return target
+
+
+def _difference(task: Any, trained: Trained, exported: "Callable[[Tensor], Tensor]") -> float:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for batch in _BATCHES:
+        shape = (batch, trained.channels, *trained.image_size)
+        # Not noise alone, which deep networks map to one point: from black to white, and smooth from corner to corner.
+        images = torch.rand(shape, generator=generator) * torch.linspace(0, 1, batch + 1)[1:, None, None, None]
+        images = images * torch.linspace(0, 1, shape[-1]) * torch.linspace(0, 1, shape[-2])[:, None]
+        expected, given = task(images), exported(images)
+        scale = max(1.0, float(expected.abs().max()))
+        differences = (expected - given).abs().max() / scale
+        if not differences.isfinite():
+            return float("inf")
+        largest = max(largest, float(differences))
+    return largest
+
+
+def _facts(trained: Trained) -> dict[str, str]:
+    facts = {name: getattr(trained, name) for name in ("class_names", "channels", "image_size", "window")}
+    written = {name: json.dumps(value) for name, value in facts.items()}
+    return written | {"input": "float32 (batch, channels, height, width) in [0, 1]", "lightning_automl": __version__}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of, and log, what they do themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _network(task: Any, with_probabilities: bool) -> "nn.Module":
+    from torch import nn
+
+    class Exported(nn.Module):
+        """What a file computes: the task's forward pass, and what its loss makes of the logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.task = task
+
+        def forward(self, images: "Tensor") -> Any:
+            logits = self.task(images)
+            if not with_probabilities:
+                return logits
+            own = getattr(self.task, "probabilities", None)
+            return logits, logits.softmax(1) if own is None else own(logits)
+
+    return Exported().eval()
+
+
+def _program(task: Any, trained: Trained, with_probabilities: bool) -> Any:
+    import torch
+
+    images = torch.rand(2, trained.channels, *trained.image_size)
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(
+        _network(task, with_probabilities), (images,), dynamic_shapes={"images": {0: batch}}, strict=False
+    )
+
+
+def _write_onnx(task: Any, trained: Trained, path: Path) -> None:
+    import onnx
+    import torch
+
+    program = torch.onnx.export(
+        _program(task, trained, with_probabilities=True),
+        input_names=["images"],
+        output_names=["logits", "probabilities"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, _facts(trained))
+    onnx.save(model, str(path))
+
+
+def _read_onnx(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_torch(task: Any, trained: Trained, path: Path) -> None:
+    import torch
+
+    with path.open("wb") as file:  # torch.export.save wants a name that ends with .pt2, or a file
+        torch.export.save(_program(task, trained, with_probabilities=False), file, extra_files=_facts(trained))
+
+
+def _read_torch(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":
+    import torch
+
+    with path.open("rb") as file:
+        module: Callable[[Tensor], Tensor] = torch.export.load(file).module()
+    return module
+
+
+def _write_safetensors(task: Any, trained: Trained, path: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: tensor.clone().contiguous() for name, tensor in task.state_dict().items()}
+    path.write_bytes(save(tensors, metadata=_facts(trained)))  # save_file would make it readable for its owner alone
+
+
+def _read_safetensors(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":
+    import torch
+    from safetensors.torch import load_file
+
+    other = deepcopy(task)
+    for tensor in (*other.parameters(), *other.buffers()):
+        torch.nn.init.zeros_(tensor)
+    other.load_state_dict(load_file(path))
+    given: Callable[[Tensor], Tensor] = other
+    return given
+
+
+_FORMATS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+    "onnx": (_write_onnx, _read_onnx),
+    "torch": (_write_torch, _read_torch),
+    "safetensors": (_write_safetensors, _read_safetensors),
+}
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f'the format onnx needs {error.name}, which is not installed; pip install "lightning-automl[onnx]"'
+        ) from error

@@ -1,0 +1,111 @@
+"""The trained network of a run directory, built again without its data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_automl.results.run import Run
+from lightning_automl.rundir import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+#: What the data know, by attribute of the data module, and the argument of the task or its network that it becomes.
+FROM_DATA = (
+    ("num_classes", "num_classes"),
+    ("num_classes", "model.init_args.num_classes"),
+    ("channels", "model.init_args.in_channels"),
+    ("image_size", "model.init_args.image_size"),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What somebody who uses a trained network has to know of it.
+
+    Attributes:
+        class_names: One name a class, in the order of the outputs.
+        channels: Channels of its images.
+        image_size: Height and width of its images, in pixels.
+        window: For each channel the values that become 0 and 255, or None for a network trained on 8-bit images.
+    """
+
+    class_names: list[str]
+    channels: int
+    image_size: tuple[int, int]
+    window: list[list[float]] | None = None
+
+
+class _Data:
+    """Stands for the data module when only the network is built."""
+
+    def __init__(self, num_classes: int, channels: int, image_size: tuple[int, int]) -> None:
+        self.num_classes = num_classes
+        self.channels = channels
+        self.image_size = image_size
+
+
+def what_was_trained(run: Run) -> Trained:
+    """Read what is known of the images that a run was trained on.
+
+    Raises:
+        UserError: If the run's data module says too little, or the run has not begun to train.
+    """
+    missing = [name for name in ("class_names", "channels", "image_size") if name not in run.data]
+    if missing:
+        raise UserError(
+            f"{run.directory} does not say the {', '.join(missing)} of its images: it has not begun to train, "
+            "or its data module has no such attribute"
+        )
+    height, width = run.data["image_size"]
+    return Trained(run.data["class_names"], run.data["channels"], (height, width), run.data.get("window"))
+
+
+def trained_task(run: Run) -> "LightningModule":
+    """Build the task of a run with the weights of its best epoch, in evaluation mode, on the CPU.
+
+    The data need not be there, nor the weights that the training began with.
+
+    Raises:
+        UserError: If no epoch is finished, or a class of the config cannot be built.
+    """
+    import jsonargparse
+    import torch
+    from lightning.pytorch import LightningModule
+
+    from lightning_automl.models.weights import without_loading
+
+    trained = what_was_trained(run)
+    if not run.best_checkpoint.exists():
+        raise UserError(f"{run.best_checkpoint} does not exist: no epoch of this run was finished")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    parser.add_class_arguments(_Data, "data")
+    for source, target in FROM_DATA:
+        parser.link_arguments(
+            "data", f"model.init_args.{target}", compute_fn=_attribute(source), apply_on="instantiate"
+        )
+    data = {
+        "num_classes": len(trained.class_names),
+        "channels": trained.channels,
+        "image_size": list(trained.image_size),
+    }
+    try:
+        with without_loading():
+            built = parser.instantiate(parser.parse_object({"model": run.config["model"], "data": data}))
+    except Exception as error:
+        raise UserError(f"the network of {run.directory} cannot be built again: {_last_line(error)}") from error
+    task: LightningModule = built.model
+    checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
+    task.on_load_checkpoint(checkpoint)
+    task.load_state_dict(checkpoint["state_dict"])
+    return task.eval()
+
+
+def _attribute(name: str) -> Callable[[Any], Any]:
+    return lambda data: getattr(data, name)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
