@@ -15,7 +15,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -201,6 +202,14 @@ def check_continuation(directory: Path, before: dict[str, Any], now: dict[str, A
 
 def _limit(value: int | None) -> float:
     return float("inf") if value is None or value < 0 else value
+
+
+def index_digest(names: Iterable[str], labels: Iterable[int]) -> str:
+    """32 hexadecimal digits that change when an image of a data set gets another name, label or place."""
+    digest = blake2b(digest_size=16)
+    for name, label in zip(names, labels, strict=True):
+        digest.update(f"{name}\0{label}\n".encode())
+    return digest.hexdigest()
 
 
 def environment(seed: int | None) -> dict[str, Any]:

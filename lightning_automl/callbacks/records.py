@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_automl.rundir import replacing, write_json
+from lightning_automl.rundir import index_digest, replacing, write_json
 
 _MOST_LEAKS = 20
 
@@ -17,9 +17,9 @@ def write_data_record(path: Path, data: Any) -> None:
     """Write ``data.json``: what a network's user has to know of the images that it was trained on.
 
     Holds ``class_names``, ``channels``, ``image_size`` (height, width), ``window`` (what became 0 and 255 of each
-    channel, or null for 8-bit images), ``counts`` (images by split and class), ``groups`` (number of groups by split,
-    or null), ``leaks`` (the first twenty pairs of names of identical images in two splits) and ``leak_count``. Of a
-    data module that is not this package's, only what it has.
+    channel, left out for 8-bit images), ``counts`` (images by split and class), ``groups`` (number of groups by split,
+    or null), ``index`` (a digest of the images' names and labels), ``leaks`` (the first twenty pairs of names of
+    identical images in two splits) and ``leak_count``. Of a data module that is not this package's, only what it has.
 
     Args:
         path: The file.
@@ -36,6 +36,7 @@ def write_data_record(path: Path, data: Any) -> None:
         rows = data.split_rows
         counts = {split: np.bincount(labels[own], minlength=data.num_classes).tolist() for split, own in rows.items()}
         record["counts"] = counts
+        record["index"] = index_digest(data.contents.names, labels.tolist())
         record["groups"] = (
             None if groups is None else {split: len(np.unique(groups[own])) for split, own in rows.items()}
         )

@@ -9,7 +9,13 @@ from lightning_automl.metrics.comparison import (
     corrected_resampled_t_test,
     paired_bootstrap,
 )
-from lightning_automl.metrics.intervals import BootstrapInterval, Interval, bootstrap_interval, clopper_pearson
+from lightning_automl.metrics.intervals import (
+    BootstrapInterval,
+    Interval,
+    bootstrap_interval,
+    clopper_pearson,
+    mean_recall_interval,
+)
 from lightning_automl.metrics.scores import SCORES, auroc_by_class, average_precision_by_class
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "corrected_resampled_t_test",
     "expected_calibration_error",
     "fit_temperature",
+    "mean_recall_interval",
     "paired_bootstrap",
     "predictive_values",
     "rates",

@@ -55,6 +55,42 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
     return Interval(float(low), float(high))
 
 
+def mean_recall_interval(
+    successes: NDArray[np.integer], trials: NDArray[np.integer], confidence: float = 0.95
+) -> Interval:
+    """Interval of the mean recall of the classes (balanced accuracy), which keeps its width when nothing went wrong.
+
+    Zou, Huang and Zhang, *A note on confidence interval estimation for a linear function of binomial proportions*,
+    Computational Statistics & Data Analysis 53:1080-1085, 2009: with the limits ``l`` and ``u`` of each recall ``p``
+    after Wilson (1927), the mean of ``p`` less the root of the sum of ``((p - l) / classes)**2``, and likewise above.
+    The images have to be independent.
+
+    Args:
+        successes: Recognised images ``(classes,)``.
+        trials: All images ``(classes,)``; classes without one are left out.
+        confidence: In (0, 1).
+
+    Returns:
+        The interval, within [0, 1]; it contains the mean recall.
+
+    Raises:
+        UserError: If ``successes`` is outside [0, trials], no class has an image, or ``confidence`` is out of range.
+    """
+    from scipy.special import ndtri
+
+    check_confidence(confidence)
+    hits, counts = np.asarray(successes)[trials > 0], np.asarray(trials)[trials > 0]
+    if not len(counts) or (hits < 0).any() or (hits > counts).any():
+        raise UserError(f"{hits.tolist()} of {counts.tolist()} are no shares; give successes from 0 up to the trials")
+    z = ndtri((1 + confidence) / 2)
+    recall = hits / counts
+    middle = (recall + z**2 / (2 * counts)) / (1 + z**2 / counts)
+    half = z * np.sqrt(recall * (1 - recall) / counts + z**2 / (4 * counts**2)) / (1 + z**2 / counts)
+    below, above = (np.sqrt(((recall - end) ** 2).sum()) / len(counts) for end in (middle - half, middle + half))
+    mean = recall.mean()
+    return Interval(max(0.0, float(mean - below)), min(1.0, float(mean + above)))
+
+
 def bootstrap_interval(
     metric: Callable[[Rows], float],
     images: int,
@@ -70,7 +106,7 @@ def bootstrap_interval(
     are drawn, with replacement, each with all of its images.
 
     A score at its limit (10 images of 10 are right) gives an interval without width, which is too narrow;
-    for shares ``clopper_pearson`` does better.
+    for shares ``clopper_pearson`` does better, and for their mean ``mean_recall_interval``.
 
     Args:
         metric: Maps row numbers, some of them several times, to a score: ``lambda rows: auroc(scores[rows],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_automl.image_files import windowed
 from lightning_automl.results.run import Predictions, Run
-from lightning_automl.rundir import write_text
+from lightning_automl.rundir import index_digest, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,12 +134,8 @@ class Evidence:
             return f"The images cannot be shown, since the data cannot be opened from here: {reason}."
         if not (hasattr(data, "contents") and hasattr(data, "read")):
             return f"The images cannot be shown: {type(data).__name__} does not give single images."
-        for split in ("val", "test"):
-            found = self.predictions(split)
-            if found is not None and found.rows is not None:
-                labels = data.contents.labels
-                if found.rows.max() >= len(labels) or not np.array_equal(labels[found.rows], found.labels):
-                    return "The images cannot be shown, since the data have changed since the run."
+        if self.run.data.get("index") != index_digest(data.contents.names, data.contents.labels.tolist()):
+            return "The images cannot be shown, since the data have changed since the run."
         return data
 
     def thumbnails(self, rows: NDArray[np.int64], captions: Sequence[str]) -> Gallery | Text:

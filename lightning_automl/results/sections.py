@@ -63,8 +63,8 @@ def _state(evidence: Evidence) -> str:
         where += f", opened {'once' if opened == 1 else f'{opened} times'}"
     classes = len(evidence.class_names)
     sentence = (
-        f"{where}, the mean recall of the {classes} classes is {_percent(score[0])} (95 % interval "
-        f"{_percent(score[1])} to {_percent(score[2])}), where guessing would give {_percent(1 / classes)}"
+        f"{where}, the mean recall of the {classes} classes is {_percent(score[0])} ({_interval(score)}), where "
+        f"guessing would give {_percent(1 / classes)}"
     )
     if split == "val":
         sentence += "; the test split is still closed, and validation, which chose the epoch, flatters"
@@ -141,14 +141,17 @@ def scores(evidence: Evidence) -> Section | None:
     judged = evidence.judged
     assert judged is not None
     if judged.groups is None:
-        how = f"exact for the accuracy (Clopper-Pearson), else by bootstrap over images with {_draws(judged):,} draws"
+        how = (
+            "exact for the accuracy (Clopper-Pearson), from intervals of the classes for the balanced accuracy (Zou et al. "
+            f"2009), else by bootstrap over images with {_draws(judged):,} draws"
+        )
     else:
         how = f"by bootstrap over groups with {_draws(judged):,} draws"
     blocks: list[Any] = [
         Table(head, rows),
         Text(
-            f"Intervals: {how}; the calibration error has none, since resampling images makes it larger. AUROC and "
-            "average precision are means of one class against the rest."
+            f"Intervals: {how}. The calibration error has none, since resampling images makes it larger, nor has a "
+            "score that is the same in all draws. AUROC and average precision are means of one class against the rest."
         ),
     ]
     if len(evidence.class_names) == 2:
@@ -254,7 +257,7 @@ def most_wrong(evidence: Evidence) -> Section | None:
     wrong = np.flatnonzero(judged.predicted != judged.labels)
     order = wrong[np.argsort(-judged.probabilities[wrong].max(1), kind="stable")][:_SHOWN_IMAGES]
     if not len(order):
-        return Section("Most wrong images", [Text("No image was classified wrongly.")])
+        return Section(f"Most wrong images ({_long(evidence.split)})", [Text("No image was classified wrongly.")])
     return Section(f"Most wrong images ({_long(evidence.split)})", [_gallery(evidence, judged, order)])
 
 
@@ -423,7 +426,7 @@ SECTIONS: list[Callable[[Evidence], Section | None]] = [
 
 def _score(name: str, evidence: Evidence, split: str | None = None) -> tuple[float, float, float]:
     """A score of a split with the ends of its 95 % interval."""
-    from lightning_automl.metrics import SCORES, bootstrap_interval
+    from lightning_automl.metrics import SCORES, bootstrap_interval, mean_recall_interval
 
     judged = evidence.predictions(split or evidence.split)
     assert judged is not None
@@ -431,14 +434,16 @@ def _score(name: str, evidence: Evidence, split: str | None = None) -> tuple[flo
     value = metric(probabilities, labels)
     if name == "accuracy" and judged.groups is None:
         return (value, *_exact(int((judged.predicted == labels).sum()), len(labels)))
-    if name == "calibration_error":
-        return value, math.nan, math.nan
+    if name == "balanced_accuracy" and judged.groups is None:
+        return (value, *mean_recall_interval(*_recall_counts(judged, len(evidence.class_names))))
     units = len(labels) if judged.groups is None else len(np.unique(judged.groups))
-    if units < 2 or not math.isfinite(value):
+    if name == "calibration_error" or units < 2 or not math.isfinite(value):
         return value, math.nan, math.nan
     found = bootstrap_interval(
         lambda rows: metric(probabilities[rows], labels[rows]), len(labels), judged.groups, draws=_draws(judged)
     )
+    if found.low == found.high:  # nothing went wrong, so that no resampling shows what might
+        return value, math.nan, math.nan
     return value, found.low, found.high
 
 
@@ -485,6 +490,12 @@ def _percent(share: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "undefined"
+
+
+def _interval(score: tuple[float, float, float]) -> str:
+    if not math.isfinite(score[1]):
+        return "too few groups or mistakes for an interval"
+    return f"95 % interval {_percent(score[1])} to {_percent(score[2])}"
 
 
 def _range(score: tuple[float, float, float]) -> str:

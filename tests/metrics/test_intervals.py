@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, bootstrap
 
-from lightning_automl.metrics import SCORES, bootstrap_interval, clopper_pearson
+from lightning_automl.metrics import SCORES, bootstrap_interval, clopper_pearson, mean_recall_interval
 from lightning_automl.metrics.intervals import resamples
 from lightning_automl.rundir import UserError
 
@@ -131,3 +131,39 @@ def test_an_interval_of_a_score_that_is_never_defined_is_nan():
 def test_what_cannot_be_resampled_is_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
         bootstrap_interval(lambda rows: 0.0, **options)
+
+
+@pytest.mark.parametrize("hits", [0, 7, 10])
+def test_the_mean_recall_interval_of_one_class_is_wilsons(hits):
+    expected = binomtest(hits, 10).proportion_ci(0.95, "wilson")
+    assert mean_recall_interval(np.array([hits]), np.array([10])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_mean_recall_interval_of_two_classes_by_hand():
+    """All 2 of 2 right: Wilson's lower limit is 2 / (2 + 1.96**2) = 0.3424, and 1 - 0.6576 / sqrt(2) = 0.5350."""
+    assert mean_recall_interval(np.array([2, 2]), np.array([2, 2])) == pytest.approx((0.5350, 1), abs=1e-4)
+
+
+def test_the_mean_recall_interval_covers_as_often_as_it_says():
+    trials, recalls = np.array([40, 15, 8, 90]), np.array([0.95, 0.8, 0.6, 0.99])
+    generator = np.random.default_rng(0)
+    found = [mean_recall_interval(generator.binomial(trials, recalls), trials) for _ in range(2000)]
+    assert 0.93 < np.mean([low <= recalls.mean() <= high for low, high in found]) < 0.98
+
+
+def test_the_mean_recall_interval_of_many_images_is_that_of_the_normal_approximation():
+    trials, shares = np.array([4000, 1000]), np.array([0.9, 0.7])
+    found = mean_recall_interval((trials * shares).astype(int), trials)
+    half = 1.96 * np.sqrt((shares * (1 - shares) / trials).sum()) / 2
+    assert found == pytest.approx((0.8 - half, 0.8 + half), abs=1e-3)
+
+
+def test_a_class_without_an_image_says_nothing_about_the_mean_recall():
+    with_it = mean_recall_interval(np.array([3, 0, 4]), np.array([5, 0, 4]))
+    assert with_it == mean_recall_interval(np.array([3, 4]), np.array([5, 4]))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [([3], [2]), ([-1], [2]), ([0], [0])])
+def test_shares_that_cannot_be_are_refused_for_the_mean_recall(successes, trials):
+    with pytest.raises(UserError, match="are no shares"):
+        mean_recall_interval(np.array(successes), np.array(trials))
