@@ -130,20 +130,14 @@ def scores(evidence: Evidence) -> Section | None:
     from lightning_automl.metrics import SCORES
 
     columns = [{name: _score(name, evidence, split) for name in SCORES} for split in splits]
-    rows = [
-        [
-            _NAMES.get(name, name),
-            *(cell for column in columns for cell in (_number(column[name][0]), _range(column[name]))),
-        ]
-        for name in SCORES
-    ]
-    head = ["", *(cell for split in splits for cell in (_long(split), "95 % interval"))]
+    rows = [[_NAMES.get(name, name), *(_with_interval(column[name]) for column in columns)] for name in SCORES]
+    head = ["", *(f"{_long(split)} (95 % interval)" for split in splits)]
     judged = evidence.judged
     assert judged is not None
     if judged.groups is None:
         how = (
-            "exact for the accuracy (Clopper-Pearson), from intervals of the classes for the balanced accuracy (Zou et al. "
-            f"2009), else by bootstrap over images with {_draws(judged):,} draws"
+            "exact for the accuracy (Clopper-Pearson), from intervals of the classes for the balanced accuracy "
+            f"(Zou et al. 2009), else by bootstrap over images with {_draws(judged):,} draws"
         )
     else:
         how = f"by bootstrap over groups with {_draws(judged):,} draws"
@@ -277,7 +271,7 @@ def _gallery(evidence: Evidence, judged: Predictions, order: NDArray[np.int64]) 
     captions = []
     for place in order:
         label, given = int(judged.labels[place]), int(judged.predicted[place])
-        sure = f"{names[given]} {_percent(judged.probabilities[place, given])}"
+        sure = f"{names[given]} ({_percent(judged.probabilities[place, given])})"
         caption = f"{sure}, is {names[label]}" if label != given else f"{sure}, right"
         captions.append(caption)
     rows = judged.rows[order]
@@ -488,18 +482,17 @@ def _percent(share: float) -> str:
     return "unknown" if not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "undefined"
-
-
 def _interval(score: tuple[float, float, float]) -> str:
     if not math.isfinite(score[1]):
         return "too few groups or mistakes for an interval"
     return f"95 % interval {_percent(score[1])} to {_percent(score[2])}"
 
 
-def _range(score: tuple[float, float, float]) -> str:
-    return f"{score[1]:.3f} to {score[2]:.3f}" if math.isfinite(score[1]) else ""
+def _with_interval(score: tuple[float, float, float]) -> str:
+    value, low, high = score
+    if not math.isfinite(value):
+        return "undefined"
+    return f"{value:.3f} ({low:.3f} to {high:.3f})" if math.isfinite(low) else f"{value:.3f}"
 
 
 def _time(seconds: float) -> str:

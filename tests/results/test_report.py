@@ -86,7 +86,7 @@ def test_the_metrics_are_those_of_the_summary_with_their_intervals(digits):
         assert f"{value:.3f}" in text, name
     probabilities, labels = judged(run)
     low, high = clopper_pearson(int((probabilities.argmax(1) == labels).sum()), len(labels))
-    assert f"{low:.3f} to {high:.3f}" in text
+    assert f" ({low:.3f} to {high:.3f})" in text
 
 
 def judged(run):
@@ -144,7 +144,7 @@ def test_the_mistakes_are_shown_from_the_surest_on(digits):
     surest = wrong[found.probabilities[wrong].max(1).argmax()]
     text = page_of(digits).sections["Most wrong images (test)"].strip()
     name = Evidence(run).data.contents.names[found.rows[surest]]
-    assert text.startswith(f"{name}: {found.predicted[surest]} {100 * found.probabilities[surest].max():.1f} %, is ")
+    assert text.startswith(f"{name}: {found.predicted[surest]} ({100 * found.probabilities[surest].max():.1f} %), is ")
     assert text.count(", is ") == min(12, len(wrong))
 
 
