@@ -36,6 +36,7 @@ CHANGEABLE = {
     "trainer.enable_progress_bar",
     "trainer.max_time",
     "test_after_fit",
+    "data.init_args.cache",
 }
 GROWING = {"trainer.max_epochs", "trainer.max_steps"}
 

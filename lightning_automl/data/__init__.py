@@ -1,7 +1,7 @@
-"""Data modules: labelled images in memory, batches by one index operation."""
+"""Data modules: labelled images in memory or mapped from a cache, batches by one index operation."""
 
 from lightning_automl.data.arrays import ArraysDataModule
-from lightning_automl.data.base import ImageDataModule, Index, InMemoryImages
+from lightning_automl.data.base import ImageDataModule, Index, LabelledImages
 from lightning_automl.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lightning_automl.data.digits import DigitsDataModule
 from lightning_automl.data.folder import FolderDataModule
@@ -13,6 +13,6 @@ __all__ = [
     "DigitsDataModule",
     "FolderDataModule",
     "ImageDataModule",
-    "InMemoryImages",
     "Index",
+    "LabelledImages",
 ]

@@ -1,12 +1,12 @@
-"""What all data modules share: splits, images in memory, order and augmentation that follow the training position."""
+"""What all data modules share: splits, decoded images, order and augmentation that follow the training position."""
 
 import logging
 import os
+import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_automl.augment.ops import random_crop, random_crop_flip
+from lightning_automl.data.cache import ImageCache, progress, readable_size
+from lightning_automl.data.measure import Facts, facts_type, find_leaks, mean_and_std, measure, measure_window
 from lightning_automl.data.samplers import EvalSampler, OverfitSampler, TrainSampler, mix
 from lightning_automl.data.splits import make_splits
+from lightning_automl.image_files import windowed
 from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
@@ -26,9 +29,6 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
 
 _VALUES_AT_ONCE = 2**24  # pixels that are read and converted together, 128 MB as float64
-_WINDOW_IMAGES = 1024
-_WINDOW_VALUES = 2**22  # per channel
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,29 @@ class Index:
     groups: NDArray[Any] | None = None
 
 
-class InMemoryImages(Dataset[Batch]):
+class LabelledImages(Dataset[Batch]):
     """Images and labels; ``dataset[indices]`` is a whole batch by one index operation.
 
     Args:
-        images: uint8 ``(images, height, width, channels)``: batches then are in the channels-last layout that
-            convolutions on CPUs want, which saves them a conversion that costs as much as all the rest.
+        images: uint8 ``(images, height, width, channels)``, in memory or mapped from a file: batches then are in the
+            channels-last layout that convolutions on CPUs want, which saves them a conversion that costs as much as
+            all the rest.
         labels: int64 ``(images,)``.
+        rows: Where the images of this data set are in ``images``, int64 ``(images,)``; all of them when left out.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
         self.images = images
         self.labels = labels
+        self.rows = rows
 
     def __getitem__(self, indices: Tensor | int) -> Batch:
         if isinstance(indices, int):
-            return self.images[indices].permute(2, 0, 1), self.labels[indices]
-        return self.images.index_select(0, indices).permute(0, 3, 1, 2), self.labels[indices]
+            place = indices if self.rows is None else int(self.rows[indices])
+            # a copy, as a batch is: a mapped file cannot be written to
+            return self.images[place].clone().permute(2, 0, 1), self.labels[indices]
+        places = indices if self.rows is None else self.rows[indices]
+        return self.images.index_select(0, places).permute(0, 3, 1, 2), self.labels[indices]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,7 +97,7 @@ def _as_is(batch: Any) -> Any:
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Labelled images, kept in memory as uint8; batches are ``(images, labels)``.
+    """Labelled images, kept as uint8 in memory or on disk; batches are ``(images, labels)``.
 
     From the loaders ``images`` are uint8 ``(batch, channels, height, width)``; on the device they are augmented (in
     training only) and become float in [0, 1]. Order and augmentation are functions of (seed, epoch, batch, rank) alone,
@@ -199,7 +205,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.class_counts = torch.from_numpy(
             np.bincount(contents.labels[self.split_rows["train"]], minlength=self.num_classes).astype(np.int64)
         )
-        self.datasets: dict[str, InMemoryImages] = {}
+        self.datasets: dict[str, LabelledImages] = {}
         self._newest: tuple[NDArray[np.int64], NDArray[Any]] | None = None  # rows, and what was read of them
         self._start = (0, 0)  # epoch and batches of it done before this run
         self._epoch: int | None = None  # of the newest train batch of this run
@@ -216,8 +222,16 @@ class ImageDataModule(LightningDataModule, ABC):
         Called with many rows at a time, several times, always with the same dtype.
         """
 
+    def is_deep(self) -> bool:
+        """Whether images have more than 8 bits; a subclass that knows it without reading some says so here."""
+        return self._read(self._chunks(self.split_rows["train"])[0]).dtype != np.uint8
+
+    def image_cache(self) -> ImageCache | None:
+        """Where decoded images are kept on disk; None keeps them in memory. Called before any is read."""
+        return None
+
     def close(self) -> None:
-        """Free what :meth:`read` kept for the next call; called when all images are in memory."""
+        """Free what :meth:`read` kept for the next call; called when all images are in memory or on disk."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read all images, measure the train split and look for images that are in two splits."""
@@ -227,17 +241,51 @@ class ImageDataModule(LightningDataModule, ABC):
             self._read_all()
 
     def _read_all(self) -> None:
-        self.window = self._measure_window()
-        for split, rows in self.split_rows.items():
-            labels = torch.from_numpy(self.contents.labels[rows])
-            self.datasets[split] = InMemoryImages(self._load(rows), labels)
+        start = time.monotonic()
+        cache = self.image_cache()
+        facts = self._read_into_memory() if cache is None else self._read_into(cache)
         self._newest = None
         self.close()
-        self.mean, self.std = _mean_and_std(self.datasets["train"].images)
-        self.leaks = self._find_leaks()
-        size = sum(dataset.images.numel() for dataset in self.datasets.values())
+        self.mean, self.std = mean_and_std(facts["train"], self.image_size[0] * self.image_size[1])
+        self.leaks = find_leaks(facts, self.split_rows, self.contents.names)
         counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in self.datasets.items())
-        log.info("%s images of %d classes are in memory (%.1f MB)", counts, self.num_classes, size / 1e6)
+        size = readable_size(sum(len(dataset) for dataset in self.datasets.values()) * self.image_bytes)
+        where = "memory" if cache is None else "the cache"
+        seconds = time.monotonic() - start
+        log.info("%s images of %d classes (%s) are in %s after %.1f s", counts, self.num_classes, size, where, seconds)
+
+    @property
+    def image_bytes(self) -> int:
+        """What one decoded image takes."""
+        return self.channels * self.image_size[0] * self.image_size[1]
+
+    def _read_into_memory(self) -> dict[str, Facts]:
+        self.window = self._measure_window()
+        total = sum(map(len, self.split_rows.values()))
+        facts: dict[str, Facts] = {}
+        datasets: dict[str, LabelledImages] = {}
+        with progress("reading", total, shown=self._rank()[0] == 0) as advance:
+            for split, rows in self.split_rows.items():
+                images = torch.empty((len(rows), *self.image_size, self.channels), dtype=torch.uint8)
+                facts[split] = np.empty(len(rows), facts_type(self.channels))
+                first = 0
+                for part in self._decode(rows, self.window):
+                    here = slice(first, first + len(part))
+                    images[here] = torch.from_numpy(part)
+                    facts[split][here] = measure(part)
+                    advance(len(part))
+                    first += len(part)
+                datasets[split] = LabelledImages(images, torch.from_numpy(self.contents.labels[rows]))
+        self.datasets = datasets
+        return facts
+
+    def _read_into(self, cache: ImageCache) -> dict[str, Facts]:
+        images, facts, self.window = cache.open(self._measure_window, self._decode)
+        labels = torch.from_numpy(self.contents.labels)
+        for split, rows in self.split_rows.items():
+            places = torch.from_numpy(rows)
+            self.datasets[split] = LabelledImages(images, labels[places], places)
+        return {split: facts[rows] for split, rows in self.split_rows.items()}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of the train split in the order of the epoch, from the position of the checkpoint on."""
@@ -282,7 +330,7 @@ class ImageDataModule(LightningDataModule, ABC):
             dataset, EvalSampler(len(dataset), self.device_batch_size, rank=rank, world_size=world_size)
         )
 
-    def dataset(self, split: str) -> InMemoryImages:
+    def dataset(self, split: str) -> LabelledImages:
         """Images and labels of ``train``, ``val`` or ``test``, read when first needed."""
         if not self.datasets:
             self._read_all()
@@ -347,7 +395,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, dataset: InMemoryImages, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
+    def _loader(self, dataset: LabelledImages, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
         # Lightning advises worker processes, which would only add a copy of what is in memory
         warnings.filterwarnings("ignore", "The '.*' does not have many workers")
         on_cuda = torch.cuda.is_available() if self.trainer is None else self._device_type() == "cuda"
@@ -372,87 +420,22 @@ class ImageDataModule(LightningDataModule, ABC):
         return images
 
     def _chunks(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        at_once = max(1, _VALUES_AT_ONCE // (self.channels * self.image_size[0] * self.image_size[1]))
+        at_once = max(1, _VALUES_AT_ONCE // self.image_bytes)
         return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
 
-    def _load(self, rows: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(rows), *self.image_size, self.channels), dtype=torch.uint8)
-        first = 0
-        for chunk in self._chunks(rows):
-            values = self._read(chunk)
-            if self.window is not None:
-                low, high = self.window.double().numpy()[:, :, None, None].swapaxes(0, 1)
-                values = np.clip((values - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
-            images[first : first + len(chunk)] = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 2, 3, 1)
-            first += len(chunk)
-        return images
+    def _values(self, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        return map(self._read, self._chunks(rows))
+
+    def _decode(self, rows: NDArray[np.int64], window: Tensor | None) -> Iterator[NDArray[np.uint8]]:
+        """Contiguous images ``(images, height, width, channels)`` of rows, some at a time."""
+        for values in self._values(rows):
+            images = values if window is None else windowed(values, window.numpy())
+            yield np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
     def _measure_window(self) -> Tensor | None:
-        """The 0.5 and 99.5 percentile of each channel over the train split, or None if the images are 8-bit.
-
-        One window a channel, since the channels of a microscope or a satellite differ in range by orders of magnitude.
-        Taken from at most 1024 images and four million values a channel, drawn with a fixed seed.
-        """
-        rows = self.split_rows["train"]
-        kind = self._read(self._chunks(rows)[0]).dtype
-        if kind == np.uint8:
+        if not self.is_deep():
             return None
-        generator = np.random.default_rng(0)
-        if len(rows) > _WINDOW_IMAGES:
-            rows = np.sort(generator.choice(rows, _WINDOW_IMAGES, replace=False))
-        each = _WINDOW_VALUES // len(rows)
-        drawn = []
-        for chunk in self._chunks(rows):
-            values = self._read(chunk).reshape(len(chunk), self.channels, -1)
-            if values.shape[2] > each:
-                values = np.take_along_axis(values, generator.integers(0, values.shape[2], (len(chunk), 1, each)), 2)
-            drawn.append(values.swapaxes(0, 1).reshape(self.channels, -1))
-        window = np.percentile(np.concatenate(drawn, axis=1).astype(np.float64), [0.5, 99.5], axis=1).T
-        flat = window[:, 0] == window[:, 1]
-        window[flat, 1] = window[flat, 0] + 1
-        told = ", ".join(f"{low:.6g} to {high:.6g}" for low, high in window)
-        log.info(
-            "%s images are windowed to 8 bits by the 0.5 and 99.5 percentile of the train split, per channel: %s",
-            kind,
-            told,
-        )
-        return torch.from_numpy(window.astype(np.float32))
-
-    def _find_leaks(self) -> list[tuple[str, str]]:
-        names = self.contents.names
-        first: dict[bytes, tuple[str, str]] = {}
-        leaks: list[tuple[str, str]] = []
-        told: list[str] = []
-        for split, dataset in self.datasets.items():
-            images = dataset.images.numpy()
-            for place, row in enumerate(self.split_rows[split]):
-                digest = blake2b(images[place], digest_size=16).digest()
-                home, name = first.setdefault(digest, (split, names[row]))
-                if home != split:
-                    leaks.append((name, names[row]))
-                    told.append(f"{name} ({home}) = {names[row]} ({split})")
-        if leaks:
-            shown = "; ".join(told[:_SHOWN])
-            more = f" and {len(leaks) - _SHOWN} more" if len(leaks) > _SHOWN else ""
-            log.warning("%d images of val or test are also in another split: %s%s", len(leaks), shown, more)
-        return leaks
-
-
-def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean and standard deviation ``(channels,)`` in [0, 1] of uint8 ``(images, height, width, channels)``.
-
-    From one histogram a channel, without a float copy. The deviation of a constant channel is given as 1.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    pixels = images.flatten(0, 2)
-    means, stds = [], []
-    for channel in range(pixels.shape[1]):
-        share = torch.bincount(pixels[:, channel], minlength=256).double() / len(pixels)
-        mean = (share * values).sum()
-        std = (share * (values - mean).square()).sum().sqrt()
-        means.append(mean)
-        stds.append(std if (share > 0).sum() > 1 else torch.ones_like(std))
-    return torch.stack(means).float(), torch.stack(stds).float()
+        return torch.from_numpy(measure_window(self.split_rows["train"], self._values))
 
 
 def _check_labels(contents: Index) -> None:

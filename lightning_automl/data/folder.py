@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.data.base import ImageDataModule, Index
+from lightning_automl.data.cache import ImageCache, available_memory, fingerprint, readable_size
 from lightning_automl.image_files import EXTENSIONS, ImageFile, check_decoding, decode_or_error, read_header
 from lightning_automl.rundir import UserError
 
@@ -51,6 +52,10 @@ class FolderDataModule(ImageDataModule):
             squashed, not cropped, with Pillow's bilinear filter, which averages when it makes them smaller.
         channels: 1 (grey), 2 (grey and transparency), 3 (RGB) or 4 (RGB and transparency); needed if images differ.
         skip_broken: Leave out files that cannot be read. To know them, every file is decoded when the index is made.
+        cache: Where decoded images are kept. ``auto``: in memory if they take less than half of what is available, else
+            on disk in ``cache/`` of the run directory (the trainer's ``default_root_dir``; without a trainer of the
+            working directory). A folder: on disk there, decoded once for all runs that name it. None: in memory. A
+            cache on disk follows the files: it is made anew when one of them is changed, added or removed.
         kwargs: See :class:`ImageDataModule`.
 
     Raises:
@@ -64,6 +69,7 @@ class FolderDataModule(ImageDataModule):
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         skip_broken: bool = False,
+        cache: str | None = "auto",
         **kwargs: Any,
     ) -> None:
         self.path = path
@@ -77,6 +83,9 @@ class FolderDataModule(ImageDataModule):
         self._wanted_size = image_size
         self._wanted_channels = channels
         self.skip_broken = skip_broken
+        if cache == "":
+            raise UserError("cache is empty; known: auto, the path of a folder, or null to keep images in memory")
+        self.cache = cache
         super().__init__(**kwargs)
 
     def index(self) -> Index:
@@ -97,7 +106,7 @@ class FolderDataModule(ImageDataModule):
         size = self._wanted_size or _common_size(files, Path(self.path))
         channels = self._wanted_channels or _common_channels(files, Path(self.path))
         _check_depth(files, Path(self.path))
-        self._files = files
+        self._files: list[ImageFile] = files
         number = {name: label for label, name in enumerate(class_names)}
         root = Path(self.path)
         has_splits = any(entry.split for entry in listed)
@@ -116,26 +125,89 @@ class FolderDataModule(ImageDataModule):
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Images ``(rows, channels, height, width)``, uint8 or, where files have more bits, float32."""
         size, channels = self.image_size, self.channels
-        files = [self._files[row] for row in rows]
-        results = _in_threads(lambda file: decode_or_error(file, size, channels), files)
-        broken = [result for result in results if isinstance(result, ImageFile)]
+        images = np.empty((len(rows), *size, channels), np.float32 if self.is_deep() else np.uint8)
+
+        def decode(place: int) -> ImageFile | None:
+            result = decode_or_error(self._files[rows[place]], size, channels)
+            if isinstance(result, ImageFile):
+                return result
+            images[place] = result.transpose(1, 2, 0)
+            return None
+
+        broken = [file for file in _in_threads(decode, range(len(rows))) if file is not None]
         if broken:
-            raise UserError(_tell_broken(broken, len(files), Path(self.path)))
-        return np.stack([result for result in results if not isinstance(result, ImageFile)])
+            raise UserError(_tell_broken(broken, len(rows), Path(self.path)))
+        return images.transpose(0, 3, 1, 2)
+
+    def is_deep(self) -> bool:
+        """Whether images have more than 8 bits, by their headers."""
+        return self._files[0].deep
+
+    def image_cache(self) -> ImageCache | None:
+        """By ``cache`` and the memory that is available now."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.trainer is None else self.trainer.num_devices
+        count = sum(map(len, self.split_rows.values()))
+        needed, available = processes * count * self.image_bytes, available_memory()
+        fits = 2 * needed <= available
+        told = f"{readable_size(available)} of memory are available" + (f" to {processes} processes" * (processes > 1))
+        if self.cache is None or (self.cache == "auto" and fits):
+            height, width = self.image_size
+            size = readable_size(count * self.image_bytes)
+            log.info("%d images of %d x %d pixels (%s) are decoded into memory; %s", count, height, width, size, told)
+            return None
+        if self.cache != "auto":
+            place, told = Path(self.cache), "asked for by --data.init_args.cache"
+        else:
+            place = Path("." if self.trainer is None else self.trainer.default_root_dir) / "cache"
+            told += "; --data.init_args.cache DIR would let several runs share them"
+        root = Path(self.path).resolve()
+        table = self._table()
+        self._check_place(place, root)
+        source = fingerprint([str(root), None if table is None else str(table.resolve())])[:8]
+        # the window of deep images is that of the train split
+        variant = fingerprint(self.split_rows["train"].tolist()) if self.is_deep() else ""
+        return ImageCache(
+            place / f"{root.name[:60]}-{source}",
+            fingerprint([self.contents.names, _in_threads(_version, [file.path for file in self._files])]),
+            (len(self._files), *self.image_size, self.channels),
+            variant,
+            about={"path": str(root), "labels": None if table is None else str(table)},
+            why=told,
+        )
+
+    def _check_place(self, place: Path, root: Path) -> None:
+        inside = place.resolve()
+        if self._table() is None and inside.is_relative_to(root):
+            if not any(part.startswith(".") for part in inside.relative_to(root).parts):
+                raise UserError(
+                    f"the cache {place} would be among the class folders of {self.path}; "
+                    "give another place by --data.init_args.cache"
+                )
+
+    def _table(self) -> Path | None:
+        root = Path(self.path)
+        if self.labels is None:
+            return root / "labels.csv" if (root / "labels.csv").is_file() else None
+        for table in (Path(self.labels), root / self.labels):
+            if table.is_file():
+                return table
+        raise UserError(f"there is no table {self.labels}, neither here nor in {self.path}")
 
     def _list_files(self) -> tuple[list[_Listed], list[str]]:
         root = Path(self.path)
         if not root.is_dir():
             raise UserError(f"there is no folder {self.path}; give the folder that holds the images")
-        if self.labels is not None:
-            table = Path(self.labels)
-            table = table if table.is_file() else root / self.labels
-            if not table.is_file():
-                raise UserError(f"there is no table {self.labels}, neither here nor in {self.path}")
-            return _list_table(table, root)
-        if (root / "labels.csv").is_file():
-            return _list_table(root / "labels.csv", root)
-        return _list_folders(root)
+        table = self._table()
+        return _list_folders(root) if table is None else _list_table(table, root)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds; a file that is gone is told when it is decoded."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _list_folders(root: Path) -> tuple[list[_Listed], list[str]]:

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 import lightning_automl.data.base as base
+import lightning_automl.data.measure as measure
 from lightning_automl.data import DigitsDataModule, ImageDataModule, Index
 from lightning_automl.data.samplers import TrainSampler
 from lightning_automl.rundir import UserError
@@ -109,7 +110,7 @@ def test_the_deviation_of_a_constant_channel_is_one():
 def test_other_types_are_windowed_by_percentiles_of_the_train_split(dtype, caplog):
     pixels = random_pixels(dtype, high=4000)
     pixels[:, 1] = pixels[:, 1] / 100
-    with caplog.at_level(logging.INFO, "lightning_automl.data.base"):
+    with caplog.at_level(logging.INFO, "lightning_automl.data.measure"):
         data = load(pixels)
     train = pixels[data.split_rows["train"]].astype(np.float64)
     expected = np.percentile(train, [0.5, 99.5], axis=(0, 2, 3)).T
@@ -123,8 +124,8 @@ def test_other_types_are_windowed_by_percentiles_of_the_train_split(dtype, caplo
 
 
 def test_the_window_of_many_images_is_taken_from_a_fixed_sample(monkeypatch):
-    monkeypatch.setattr(base, "_WINDOW_IMAGES", 20)
-    monkeypatch.setattr(base, "_WINDOW_VALUES", 20 * 30)
+    monkeypatch.setattr(measure, "_WINDOW_IMAGES", 20)
+    monkeypatch.setattr(measure, "_WINDOW_VALUES", 20 * 30)
     monkeypatch.setattr(base, "_VALUES_AT_ONCE", 5 * 3 * 48)
     pixels = random_pixels(np.uint16, high=4000)
     one, other = load(pixels), load(pixels)
