@@ -132,7 +132,8 @@ def load_weights(model: nn.Module, path: str) -> LoadReport:
         ", ".join(report.missing) or "none",
         ", ".join(report.unused) or "none",
     )
-    log.info("matched: %s", ", ".join(report.matched))
+    log.info("matched: %s", _some(report.matched))
+    log.debug("all matched: %s", ", ".join(report.matched))  # into log.txt
     return report
 
 
