@@ -209,6 +209,7 @@ class RunWriter(Checkpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves and the confusion matrix of the last validation."""
+        trainer.strategy.barrier()  # other ranks may go on to test the best checkpoint: rank 0 has linked it by now
         if trainer.is_global_zero and self.rows:
             from lightning_automl.plots import learning_curves
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_automl import augment
+from lightning_automl.augment import ops
 from lightning_automl.augment.ops import normalize, random_crop, random_crop_flip, random_flip
 
 PADDING = 2
@@ -14,6 +15,15 @@ OPERATIONS = {
     for name in augment.__all__
     if name.startswith("random_")
 }
+
+
+WAYS = {"all at once": 2**40, "one by one": 0}
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request, monkeypatch):
+    """Both ways to copy windows, whatever the size of the images."""
+    monkeypatch.setattr(ops, "_LARGE", WAYS[request.param])
 
 
 def batch(dtype=torch.uint8, channels=3, size=(6, 5), images=64):
@@ -103,6 +113,19 @@ def test_the_same_seed_draws_the_same_and_the_memory_format_does_not_matter(name
         results.append(OPERATIONS[name](given))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(6, 5), (1, 1)])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_both_ways_give_the_same_for_the_same_seed(name, size, memory_format, monkeypatch):
+    images = batch(size=size).contiguous(memory_format=memory_format)
+    found = []
+    for limit in WAYS.values():
+        monkeypatch.setattr(ops, "_LARGE", limit)
+        torch.manual_seed(3)
+        found.append(OPERATIONS[name](images))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -676,7 +676,6 @@ def test_two_ranks_make_one_cache_and_end_like_two_ranks_in_memory(folder, tmp_p
             f"--dir=run_{cache}",
             f"--data.init_args.cache={cache}",
             "--trainer.devices=2",
-            "--test_after_fit=false",
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ran = subprocess.run(
