@@ -12,6 +12,9 @@ import torch
 import yaml
 from conftest import DIGITS
 
+from lightning_automl.data import DigitsDataModule
+from lightning_automl.results import Run
+
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -61,17 +64,22 @@ def test_two_ranks_end_with_the_weights_of_one_process(config, tmp_path):
             assert metrics(tmp_path / "two")[name] == pytest.approx(value, abs=1e-5), name
 
 
-def test_one_checkpoint_gives_the_same_test_metrics_on_one_and_two_ranks(tmp_path):
+def test_one_checkpoint_gives_the_same_test_metrics_and_predictions_on_one_and_two_ranks(tmp_path):
     """With BatchNorm, and 359 images in batches of 50: ranks and batches are uneven."""
     run("fit", "--config", DIGITS, "--dir=run", "--trainer.max_epochs=2", "--test_after_fit=false", cwd=tmp_path)
-    found = []
+    found, predictions = [], []
     for devices in (1, 2):
         run("test", "--dir=run", "--data.batch_size=50", f"--trainer.devices={devices}", cwd=tmp_path)
         found.append({name: value for name, value in metrics(tmp_path / "run").items() if name.startswith("test_")})
+        predictions.append(Run.read(tmp_path / "run").predictions("test"))
     assert set(found[0]) == {
         f"test_{name}" for name in ("loss", "accuracy", "balanced_accuracy", "auroc", "f1", "calibration_error")
     }
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+    one, two = predictions
+    assert one.probabilities == pytest.approx(two.probabilities, abs=1e-5)
+    assert one.labels.tolist() == two.labels.tolist()
+    assert one.rows.tolist() == two.rows.tolist() == DigitsDataModule().split_rows["test"].tolist()
 
 
 def test_a_killed_run_of_two_ranks_goes_on_with_the_same_command(tmp_path):

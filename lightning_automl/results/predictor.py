@@ -157,7 +157,7 @@ class _TorchNetwork:
             logits = task(torch.from_numpy(images).to(self.device).float() / 255).float()
             own = getattr(task, "probabilities", None)
             scores = logits.softmax(1) if own is None else own(logits)
-        return np.asarray(scores.double().cpu().numpy())
+        return np.asarray(scores.cpu().double().numpy())
 
 
 class _OnnxNetwork:
