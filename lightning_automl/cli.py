@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar  # noqa: F401  # EMA: short name in YAML
+from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar, WeightAveraging  # noqa: F401  # EMA: short name in YAML
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -31,7 +32,7 @@ from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
 from lightning_automl.models.weights import without_loading
 from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
-from lightning_automl.process import keep_freed_memory, messages, rank
+from lightning_automl.process import keep_freed_memory, messages, rank, see_working_directory
 from lightning_automl.results.configuration import RUN_DEFAULTS, TRAINER_DEFAULTS
 from lightning_automl.results.network import FROM_DATA
 from lightning_automl.rundir import (
@@ -178,7 +179,8 @@ class AutoMLCLI(LightningCLI):
             self.finished_before = not grown
             if grown and rank() == 0:
                 # Until it ends again the run is not finished; what it cost so far is kept.
-                summarise(directory, "fit", "failed", reason="not finished: continued with larger limits")
+                reason = "not finished: continued with larger limits"
+                summarise(directory, "fit", "failed", reason=reason, forget="test_")
 
     def _goes_on(self) -> bool:
         return self.directory is not None and (self.directory / "checkpoints" / "last.ckpt").exists()
@@ -196,6 +198,15 @@ class AutoMLCLI(LightningCLI):
             if self.subcommand == "fit":
                 write_text(self.directory / "config.yaml", self.dump())
         return self.directory
+
+    def _dump_config(self) -> None:
+        super()._dump_config()
+        # Lightning 2.6 puts what the data say into this dump, where a task without a network, or a network of which
+        # nothing else was said, has no place for it ("Expected key … to be in data").
+        place = self.config_dump.get("model")
+        for name in ("init_args", "model", "init_args"):
+            if isinstance(place, dict):
+                place = place.setdefault(name, {})
 
     def dump(self) -> str:
         """The resolved configuration as YAML, without the directory: what a run is."""
@@ -326,6 +337,7 @@ class AutoMLCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write ``predictions.csv``: row, label, predicted class and probability of each class."""
+        self._forget_averaging()
         kwargs |= {"ckpt_path": self._checkpoint(kwargs), "weights_only": True, "return_predictions": True}
         batches = self.trainer.predict(**kwargs)
         assert batches is not None
@@ -337,10 +349,17 @@ class AutoMLCLI(LightningCLI):
         self._finish({}, int(on_test), {"predictions": "predictions.csv"})
 
     def _evaluate(self, evaluate: Callable[..., Any], **kwargs: Any) -> dict[str, float]:
+        self._forget_averaging()
         kwargs |= {"model": self.model, "ckpt_path": self._checkpoint(kwargs), "weights_only": True}
         if self.datamodule is not None:
             kwargs["datamodule"] = self.datamodule
         return {name: value for metrics in evaluate(**kwargs) for name, value in metrics.items()}
+
+    def _forget_averaging(self) -> None:
+        """Let a checkpoint's averaged weights be used: the callback that made them would load the others instead."""
+        trainer: Any = self.trainer
+        trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, WeightAveraging)]
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
 
     def _checkpoint(self, kwargs: dict[str, Any]) -> str:
         path = Path(kwargs.get("ckpt_path") or self.writer.best_checkpoint)
@@ -436,8 +455,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 the run failed, 2 a mistake in what was given."""
     keep_freed_memory()
     adapt_jsonargparse()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # somebody's own classes lie beside their configs
+    see_working_directory()
     # Lightning's advertisements and hints about its own services are not messages of the run.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

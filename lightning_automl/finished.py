@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_automl.mistakes import ending
-from lightning_automl.process import messages
+from lightning_automl.process import messages, see_working_directory
 from lightning_automl.results import classify, export, report
 from lightning_automl.results.export import SUFFIXES
 from lightning_automl.rundir import UserError
@@ -50,11 +50,12 @@ def run(arguments: list[str]) -> int:
     command, *rest = arguments
     parser = _Parser(f"lightning-automl {command}", allow_abbrev=False)
     act = _COMMANDS[command](parser)
+    see_working_directory()
     try:
         with messages():
             act(parser.parse_args(rest))
-    except SystemExit:  # --help
-        return 0
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
     except BaseException as error:
         status, sentence = ending(error)
         print(sentence, file=sys.stderr)

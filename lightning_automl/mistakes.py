@@ -1,5 +1,6 @@
 """One sentence about a mistake, out of the many lines that a parser or a library says about it."""
 
+import inspect
 import re
 import sys
 import traceback
@@ -8,9 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from lightning_automl.results.configuration import constructor_arguments
-from lightning_automl.results.export import DisagreementError
-from lightning_automl.rundir import DiskFullError, UserError
+from lightning_automl.rundir import DisagreementError, DiskFullError, UserError
 
 #: What jsonargparse writes for types, and what a person would.
 TYPES = {"NoneType": "null", "bool": "true or false", "str": "a text", "int": "a whole number", "float": "a number"}
@@ -119,6 +118,21 @@ def _parameters(class_path: str) -> Iterator[str]:
     """Names of the constructor's arguments."""
     module, name = class_path.rsplit(".", 1)
     yield from constructor_arguments(getattr(import_module(module), name))
+
+
+def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class's constructor by name, the parents' included where it passes on ``**kwargs``."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in inspect.getmro(cls):
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        for name, parameter in parameters.items():
+            if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
 
 
 def _class_names() -> Iterator[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def messages() -> Iterator[Callable[[Path], None]]:
     sinks |= {logging.getLogger(name): (to_file,) for name in ("lightning.pytorch", "py.warnings")}
 
     def write_to(path: Path) -> None:
-        file = logging.FileHandler(path)
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         to_file.setTarget(file)
         to_file.flush()
@@ -74,6 +75,12 @@ def messages() -> Iterator[Callable[[Path], None]]:
         if to_file.target is not None:
             to_file.target.close()
         to_file.close()
+
+
+def see_working_directory() -> None:
+    """Let classes that lie beside somebody's configs be imported."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def keep_freed_memory() -> None:

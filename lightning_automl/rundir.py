@@ -14,6 +14,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -46,6 +47,10 @@ class UserError(ValueError):
 
     The command line prints the sentence on stderr and exits with status 2; from Python it is a ``ValueError``.
     """
+
+
+class DisagreementError(RuntimeError):
+    """An exported file does not give what the network gives; it was removed."""
 
 
 class DiskFullError(OSError):
@@ -91,10 +96,23 @@ def _is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def check_target(path: Path) -> None:
+    """Raise a UserError if no file can be written at ``path``, before work is done for it."""
+    reason = "it is a folder" if path.is_dir() else ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"no file can be written at {path}: {reason}; give another path")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -209,7 +227,7 @@ def index_digest(names: Iterable[str], labels: Iterable[int]) -> str:
     """32 hexadecimal digits that change when an image of a data set gets another name, label or place."""
     digest = blake2b(digest_size=16)
     for name, label in zip(names, labels, strict=True):
-        digest.update(f"{name}\0{label}\n".encode())
+        digest.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))  # file names may be any bytes
     return digest.hexdigest()
 
 
@@ -268,28 +286,35 @@ def summarise(
     opened: int = 0,
     artefacts: Mapping[str, str] | None = None,
     reason: str | None = None,
+    forget: str | None = None,
 ) -> dict[str, Any]:
     """Write ``summary.json``, adding to what an earlier command or an interrupted try left there.
 
     Args:
         directory: The run directory.
-        command: ``fit``, ``test`` …; a later command of another kind keeps the one that made the run.
+        command: ``fit``, ``test`` …; one that evaluates leaves command, status and reason as they are, and those of a
+            run that was killed are ``fit``, ``failed`` and "not finished".
         status: How the command ended.
         metrics: Values by name; they replace those of the same name.
         seconds: Wall time of this try, added to the former ones'.
         opened: How often this try evaluated on the test split, added likewise.
         artefacts: What was left, by kind; paths relative to ``directory``.
         reason: One sentence, for a failed run.
+        forget: Beginning of the names of former metrics that do not hold any more.
 
     Returns:
         What was written.
     """
     old = read_json(directory / "summary.json") or {}
-    evaluation = command in ("validate", "test", "predict") and "command" in old
+    if command in ("validate", "test", "predict"):  # what became of the run itself stays as it is
+        command = old.get("command", "fit")
+        status = old.get("status", "failed")
+        reason = old.get("reason") if old else "not finished"
+    kept = {name: value for name, value in old.get("metrics", {}).items() if not (forget and name.startswith(forget))}
     summary = {
-        "command": old["command"] if evaluation else command,
-        "status": old["status"] if evaluation and status == "finished" else status,
-        "metrics": {**old.get("metrics", {}), **(metrics or {})},
+        "command": command,
+        "status": status,
+        "metrics": {**kept, **(metrics or {})},
         "seconds": round(old.get("seconds", 0.0) + seconds, 3),
         "artefacts": {**old.get("artefacts", {}), **(artefacts or {})},
         "test_opened": old.get("test_opened", 0) + opened,

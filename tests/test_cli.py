@@ -1,17 +1,22 @@
 import csv
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import DIGITS, ROOT, SHORT
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_automl.callbacks import AtomicCheckpointIO
+from lightning_automl.data import DigitsDataModule
+from lightning_automl.results import Predictor, Run
 from lightning_automl.rundir import lock
 
 
@@ -183,6 +188,7 @@ def test_somebodys_own_data_module_works_with_what_the_user_says_of_it(command):
 
 OWN = """
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from lightning_automl.tasks import ClassificationTask
 
@@ -198,6 +204,35 @@ class MyNetwork(nn.Module):
 
     def forward(self, images):
         return self.layers(images)
+
+class Plain(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, 2, 3), nn.Flatten(), nn.Linear(72, num_classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+class Bare(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.predictions, self.confusion = [], []
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
 
 def my_loss(logits, labels):
     return nn.functional.cross_entropy(logits, labels) * 2
@@ -217,6 +252,70 @@ def test_somebodys_own_task_network_and_loss_go_by_their_class_paths(command, tm
     assert answer.status == 0, answer.err
     assert "MyNetwork: 610 parameters" in answer.err
     assert command("test", "--dir=run").status == 0
+
+
+@pytest.mark.parametrize("model", [["ClassificationTask", "--model.model=my_own.Plain"], ["my_own.Bare"]])
+def test_networks_and_tasks_of_few_arguments_go_the_whole_way(model, command, tmp_path, monkeypatch):
+    """All arguments of Plain are taken from the data; Bare is a LightningModule that knows nothing of this package."""
+    (tmp_path / "my_own.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_own", raising=False)
+    keys = [f"--model={model[0]}", *model[1:], "--data=DigitsDataModule", *SHORT]
+    answer = command("fit", *keys, "--dir=run")
+    assert answer.status == 0, answer.err
+    assert command("report", "run").status == 0
+    answer = command("export", "run")
+    assert answer.status == 0, answer.err
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
+    assert Predictor("run/model.onnx").arrays(images) == pytest.approx(Predictor("run").arrays(images), abs=1e-5)
+
+
+def test_validate_leaves_the_run_as_it_was(fit, command):
+    fit("--dir=run", "--trainer.max_epochs=2")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert command("validate", "--dir=run").status == 0
+    changed = {path.name for path in before if path.read_bytes() != before[path]}
+    assert changed <= {"summary.json", "log.txt", ".lock"}
+    assert fit("--dir=run", "--trainer.max_epochs=3").status == 0
+    with open("run/metrics.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+def test_a_killed_run_that_is_tested_is_still_not_finished_and_goes_on(fit, command):
+    fit("--dir=run", "--trainer.max_epochs=2")
+    Path("run/summary.json").unlink()  # which is written last
+    assert command("test", "--dir=run").status == 0
+    summary = read("run/summary.json")
+    assert (summary["command"], summary["status"], summary["reason"]) == ("fit", "failed", "not finished")
+    assert summary["test_opened"] == 1
+    assert fit("--dir=run", "--trainer.max_epochs=2").status == 0
+    summary = read("run/summary.json")
+    assert (summary["status"], "reason" in summary, summary["test_opened"]) == ("finished", False, 2)
+
+
+def test_the_test_after_a_fit_with_averaged_weights_is_that_of_the_averaged_weights(command):
+    keys = ["--trainer.max_epochs=2", "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    assert command("fit", "--config", DIGITS, "--dir=run", "--trainer.precision=32-true", *keys).status == 0
+    found = Run.read("run").predictions("test")
+    data = DigitsDataModule()
+    images = torch.cat([images for images, _ in data.test_dataloader()]).numpy()
+    assert Predictor("run").arrays(images) == pytest.approx(found.probabilities, abs=1e-5)
+    before = read("run/summary.json")["metrics"]
+    assert command("test", "--dir=run").status == 0
+    assert read("run/summary.json")["metrics"] == pytest.approx(before, abs=1e-6)
+
+
+def test_file_names_may_be_any_bytes(command, tmp_path):
+    for label in ("a", "b"):
+        for number in range(6):
+            (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+            name = os.fsdecode(b"\xe9t\xe9%d.png" % number)
+            Image.new("L", (8, 8), 40 * number + (label == "b")).save(tmp_path / "images" / label / name)
+    keys = ["--model=ClassificationTask", "--model.model=TunableCNN", "--data=FolderDataModule", "--data.path=images"]
+    answer = command("fit", *keys, *SHORT, "--dir=run")
+    assert answer.status == 0, answer.err
+    assert command("report", "run").status == 0
+    assert command("predict", "--dir=run").status == 0
 
 
 BAD = {

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_automl.callbacks.records import write_data_record, write_predictions
 from lightning_automl.rundir import UserError, replacing, write_text
@@ -124,7 +125,7 @@ class RunWriter(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the monitored metric is fresh; within an epoch (``val_check_interval``) judge it at once."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated = True
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -223,14 +224,18 @@ class RunWriter(Checkpoint):
         self._draw_confusion(trainer, pl_module, "test")
 
     def _write_predictions(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        found = getattr(pl_module, "predictions", {}).get(split)
-        if found is not None and trainer.is_global_zero:
-            write_predictions(self.directory / f"predictions_{split}.safetensors", trainer, split, *found)
+        found = getattr(pl_module, "predictions", None)
+        if isinstance(found, dict) and split in found and trainer.is_global_zero:
+            # The weights are those of the newest row: at a test, a part of the checkpoint that was loaded.
+            weights = {name: f"{self.rows[-1][name]:.0f}" for name in ("epoch", "step")} if self.rows else {}
+            path = self.directory / f"predictions_{split}.safetensors"
+            write_predictions(path, trainer, split, found[split], weights)
 
     def _draw_confusion(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        counts = getattr(pl_module, "confusion", {}).get(stage)
-        if counts is None or not trainer.is_global_zero:
+        found = getattr(pl_module, "confusion", None)
+        if not isinstance(found, dict) or stage not in found or not trainer.is_global_zero:
             return
+        counts = found[stage]
         from lightning_automl.plots import confusion_matrix
 
         names = getattr(trainer.datamodule, "class_names", None) or [str(index) for index in range(len(counts))]  # type: ignore[attr-defined]  # set by Trainer.fit

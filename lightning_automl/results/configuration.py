@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from lightning_automl.mistakes import constructor_arguments
+
 #: What `fit` does unless told otherwise, beside the defaults of the classes.
 RUN_DEFAULTS: dict[str, Any] = {
     "seed_everything": 0,
@@ -39,21 +41,6 @@ def differing_settings(config: Mapping[str, Any]) -> list[Setting]:
     return [*found, *_of_mapping("", top, RUN_DEFAULTS)]
 
 
-def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class's constructor by name, the parents' included where it passes on ``**kwargs``."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in inspect.getmro(cls):
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters
-        for name, parameter in parameters.items():
-            if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                found.setdefault(name, parameter)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    return found
-
-
 def _trainer_defaults() -> dict[str, Any]:
     from lightning.pytorch import Trainer
 
@@ -71,7 +58,7 @@ def _of_class(key: str, spec: Any) -> Iterator[Setting]:
     try:
         target = getattr(import_module(module), name)
         arguments = constructor_arguments(target) if isinstance(target, type) else {}
-    except (ImportError, AttributeError, ValueError):
+    except Exception:  # importing somebody's module may raise anything
         arguments = {}
     defaults = {name: parameter.default for name, parameter in arguments.items()}
     yield from _of_mapping(key, spec.get("init_args") or {}, defaults)

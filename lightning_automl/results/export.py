@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_automl import __version__
-from lightning_automl.results.network import Trained, trained_task, what_was_trained
+from lightning_automl.results.network import Trained, probabilities, trained_task, what_was_trained
 from lightning_automl.results.run import Run
-from lightning_automl.rundir import UserError, replacing
+from lightning_automl.rundir import DisagreementError, UserError, check_target, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,10 +25,6 @@ SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".s
 
 #: Numbers of images that the outputs are compared for.
 _BATCHES = (1, 2, 5)
-
-
-class DisagreementError(RuntimeError):
-    """An exported file does not give what the network gives; it was removed."""
 
 
 def export(
@@ -69,6 +65,7 @@ def export(
     target = Path(out) if out is not None else run.directory / f"model{SUFFIXES[format]}"
     if target.suffix != SUFFIXES[format]:
         raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
+    check_target(target)
     write, read = _FORMATS[format]
     with replacing(target) as partial, torch.no_grad(), _quiet():
         write(task, trained, partial)
@@ -129,8 +126,7 @@ def _network(task: Any, with_probabilities: bool) -> "nn.Module":
             logits = self.task(images)
             if not with_probabilities:
                 return logits
-            own = getattr(self.task, "probabilities", None)
-            return logits, logits.softmax(1) if own is None else own(logits)
+            return logits, probabilities(self.task, logits)
 
     return Exported().eval()
 

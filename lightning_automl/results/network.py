@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+    from torch import Tensor
 
 #: What the data know, by attribute of the data module, and the argument of the task or its network that it becomes.
 FROM_DATA = (
@@ -94,7 +96,9 @@ def trained_task(run: Run) -> "LightningModule":
         with without_loading():
             built = parser.instantiate(parser.parse_object({"model": run.config["model"], "data": data}))
     except Exception as error:
-        raise UserError(f"the network of {run.directory} cannot be built again: {_last_line(error)}") from error
+        raise UserError(
+            f"the network of {run.directory} cannot be built again: {one_sentence(root_cause(error))}"
+        ) from error
     task: LightningModule = built.model
     checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
     task.on_load_checkpoint(checkpoint)
@@ -106,6 +110,8 @@ def _attribute(name: str) -> Callable[[Any], Any]:
     return lambda data: getattr(data, name)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def probabilities(task: Any, logits: "Tensor") -> "Tensor":
+    """What the logits ``(batch, classes)`` of a task mean: its own ``probabilities``, or softmax if it has none."""
+    own = getattr(task, "probabilities", None)
+    scores: Tensor = logits.softmax(1) if own is None else own(logits)
+    return scores

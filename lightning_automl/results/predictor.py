@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.image_files import ImageFile, decode_or_error, read_header, windowed
-from lightning_automl.results.network import Trained, trained_task, what_was_trained
+from lightning_automl.results.network import Trained, probabilities, trained_task, what_was_trained
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError
 
@@ -120,7 +120,7 @@ class Predictor:
 
     def _pixels(self, path: Path) -> NDArray[np.uint8] | str:
         """Pixels ``(channels, height, width)`` as the network wants them, or why there are none."""
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists() raises for a name that is too long or a folder that is closed
             return "there is no such file"
         header = read_header(path)
         if header.error:
@@ -155,8 +155,7 @@ class _TorchNetwork:
         task: Any = self.task
         with torch.inference_mode():
             logits = task(torch.from_numpy(images).to(self.device).float() / 255).float()
-            own = getattr(task, "probabilities", None)
-            scores = logits.softmax(1) if own is None else own(logits)
+            scores = probabilities(task, logits)
         return np.asarray(scores.cpu().double().numpy())
 
 

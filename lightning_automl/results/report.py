@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.image_files import windowed
+from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.run import Predictions, Run
 from lightning_automl.rundir import index_digest, write_text
 
@@ -90,18 +91,43 @@ class Evidence:
 
     Attributes:
         run: The same.
-        split: ``test`` if the test split was opened and predictions are there, else ``val``.
+        doubts: Sentences about predictions that are there and are not used, and why.
+        split: ``test`` if the test split was opened and its predictions can be used, else ``val``.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.split = "test" if self.predictions("test") is not None else "val"
+        self.doubts: list[str] = []
+        self._usable = {"val": self._checked("val")}
+        self._usable["test"] = self._checked("test")
+        self.split = "val" if self._usable["test"] is None else "test"
 
     def predictions(self, split: str) -> Predictions | None:
-        """What the run has predicted for a split, read once."""
-        if not hasattr(self, f"_{split}"):
-            setattr(self, f"_{split}", self.run.predictions(split))
-        found: Predictions | None = getattr(self, f"_{split}")
+        """What the run's best epoch has predicted for a split, if that is known."""
+        return self._usable[split]
+
+    def _checked(self, split: str) -> Predictions | None:
+        found = self.run.predictions(split)
+        if found is None:
+            return None
+        name = {"val": "validation"}.get(split, split)
+        strange = int((~((found.probabilities >= 0) & (found.probabilities <= 1 + 1e-5))).any(1).sum())
+        if strange:
+            numbers = f"{strange:,} of {len(found.labels):,}"
+            self.doubts.append(f"{numbers} {name} predictions are no probabilities, as when training has diverged.")
+            return None
+        if split == "test":
+            best = self._usable["val"]
+            if found.origin.get("split") != self.run.data.get("splits", {}).get("test"):
+                self.doubts.append("The test predictions that are there are of other images than the run's test split.")
+                return None
+            if best is not None and any(best.origin.get(key) != found.origin.get(key) for key in ("epoch", "step")):
+                then, now = (int(each.origin.get("epoch", -1)) + 1 for each in (found, best))
+                self.doubts.append(
+                    f"The test predictions that are there are of epoch {then}, and the best one is {now} by now; "
+                    "lightning-automl test --dir would open the test split for it."
+                )
+                return None
         return found
 
     @property
@@ -130,7 +156,7 @@ class Evidence:
         try:
             data = parser.instantiate(parser.parse_object({"data": self.run.config["data"]})).data
         except Exception as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[-1]
+            reason = one_sentence(root_cause(error))
             return f"The images cannot be shown, since the data cannot be opened from here: {reason}."
         if not (hasattr(data, "contents") and hasattr(data, "read")):
             return f"The images cannot be shown: {type(data).__name__} does not give single images."
@@ -207,6 +233,7 @@ def report(directory: str | Path) -> Path:
     from lightning_automl.results.sections import SECTIONS, verdict
 
     evidence = Evidence(Run.read(directory))
+    sentences = verdict(evidence)
     sections = [section for make in SECTIONS if (section := make(evidence)) is not None]
     environment = Environment(
         loader=PackageLoader("lightning_automl.results", "."),
@@ -216,9 +243,9 @@ def report(directory: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja").render(
-        title=evidence.run.directory.resolve().name, verdict=verdict(evidence), sections=sections
+        title=evidence.run.directory.resolve().name, verdict=sentences, sections=sections
     )
     path = evidence.run.directory / "report.html"
     write_text(path, page)
-    log.info("%s: %s", path, " ".join(verdict(evidence)))
+    log.info("%s: %s", path, " ".join(sentences))
     return path

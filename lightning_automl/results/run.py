@@ -1,7 +1,7 @@
 """A run directory, read back."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +21,14 @@ class Predictions:
         labels: int64 ``(images,)``.
         rows: Row ``(images,)`` of each image in the data module's index, or None where it is not known.
         groups: A number ``(images,)`` for each image, equal within a group (a patient), or None without groups.
+        origin: ``epoch`` and ``step`` of the weights, and ``split``, a digest of the images, as far as they are known.
     """
 
     probabilities: NDArray[np.float64]
     labels: NDArray[np.int64]
     rows: NDArray[np.int64] | None = None
     groups: NDArray[np.int64] | None = None
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -91,11 +93,13 @@ class Run:
         path = self.directory / f"predictions_{split}.safetensors"
         if not path.exists():
             return None
-        from safetensors.numpy import load_file
+        from safetensors import safe_open
 
-        tensors = load_file(path)
+        with safe_open(path, "np") as file:
+            origin = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no dictionary
         probabilities = tensors["probabilities"].astype(np.float64)
-        return Predictions(probabilities, tensors["labels"], tensors.get("rows"), tensors.get("groups"))
+        return Predictions(probabilities, tensors["labels"], tensors.get("rows"), tensors.get("groups"), origin)
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def _state(evidence: Evidence) -> str:
     elif run.summary["status"] == "failed":
         beginning = f"This run failed ({run.summary.get('reason', 'no reason was noted')}); "
     if judged is None:
-        return f"{beginning or 'Of this run '}no predictions are there yet, so that nothing can be said of its quality."
+        why = evidence.doubts[0].removesuffix(".") if evidence.doubts else "no predictions are there yet"
+        sentence = f"{beginning}{why}, so that nothing can be said of its quality."
+        return sentence[0].upper() + sentence[1:]
     score = _score("balanced_accuracy", evidence)
     opened = _times_opened(evidence)
     where = f"on the {len(judged.labels):,} {'test' if split == 'test' else 'validation'} images"
@@ -74,22 +76,28 @@ def _state(evidence: Evidence) -> str:
 
 def _weakness(evidence: Evidence) -> str:
     judged = evidence.judged
+    if judged is None and evidence.doubts:
+        return "Look at its learning curves, and try a smaller learning rate."
     if judged is None:
         return "Give the command that started it again: it goes on from the newest checkpoint."
     hits, counts = _recall_counts(judged, len(evidence.class_names))
+    units, unit = _units(judged, len(evidence.class_names))
     present = np.flatnonzero(counts)
-    rarest = int(present[counts[present].argmin()])
-    if counts[rarest] < FEW:
+    rarest = int(present[units[present].argmin()])
+    if units[rarest] < FEW:
         return (
             f"That is not conclusive for every class: of {evidence.class_names[rarest]!r} there "
-            f"{'is only 1 image' if counts[rarest] == 1 else f'are only {counts[rarest]} images'}, and {FEW} of {FEW} "
+            f"{f'is only 1 {unit}' if units[rarest] == 1 else f'are only {units[rarest]} {unit}s'}, and {FEW} of {FEW} "
             "right would still leave a recall of 69 % possible."
         )
     worst = int(present[(hits[present] / counts[present]).argmin()])
     low, high = _exact(hits[worst], counts[worst])
+    how_sure = f"95 % interval {_percent(low)} to {_percent(high)}"
+    if judged.groups is not None:  # the interval holds for independent images
+        how_sure = f"in {units[worst]} groups"
     return (
         f"The weakest class is {evidence.class_names[worst]!r}: {hits[worst]} of its {counts[worst]} images are "
-        f"recognised ({_percent(hits[worst] / counts[worst])}, 95 % interval {_percent(low)} to {_percent(high)})."
+        f"recognised ({_percent(hits[worst] / counts[worst])}, {how_sure})."
     )
 
 
@@ -97,12 +105,13 @@ def cautions(evidence: Evidence) -> Section:
     """What limits the numbers of this page."""
     run, judged = evidence.run, evidence.judged
     notes = ["One run with one seed: another seed gives other numbers, which no interval here contains."]
+    notes += evidence.doubts
     if judged is not None:
-        counts = _recall_counts(judged, len(evidence.class_names))[1]
-        few = [name for name, count in zip(evidence.class_names, counts, strict=True) if count < FEW]
+        units, unit = _units(judged, len(evidence.class_names))
+        few = [name for name, count in zip(evidence.class_names, units, strict=True) if count < FEW]
         if few:
             notes.append(
-                f"{len(few)} of {len(counts)} classes have fewer than {FEW} {evidence.split} images "
+                f"{len(few)} of {len(units)} classes have fewer than {FEW} {_long(evidence.split)} {unit}s "
                 f"({_some(few)}): their recall is hardly known."
             )
     if _times_opened(evidence) > 1:
@@ -452,6 +461,14 @@ def _recall_counts(judged: Predictions, classes: int) -> tuple[NDArray[np.int64]
     return hits, np.bincount(judged.labels, minlength=classes)
 
 
+def _units(judged: Predictions, classes: int) -> tuple[NDArray[np.int64], str]:
+    """What is independent: the number of images ``(classes,)``, or of groups where there are groups, and its name."""
+    if judged.groups is None:
+        return np.bincount(judged.labels, minlength=classes), "image"
+    pairs = np.unique(np.stack([judged.labels, judged.groups]), axis=1)
+    return np.bincount(pairs[0], minlength=classes), "group"
+
+
 def _exact(hits: int, count: int) -> tuple[float, float]:
     from lightning_automl.metrics import clopper_pearson
 
@@ -465,7 +482,8 @@ def _logits(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def _times_opened(evidence: Evidence) -> int:
-    return int((evidence.run.summary or {}).get("test_opened", 0))
+    opened = int((evidence.run.summary or {}).get("test_opened", 0))
+    return max(1, opened) if evidence.split == "test" else opened  # a test may have ended before it was counted
 
 
 def _epochs(evidence: Evidence) -> str:

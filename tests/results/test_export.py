@@ -143,10 +143,14 @@ def test_the_difference_is_told(digits, caplog):
     [
         (["--format=tflite"], "argument --format: invalid choice: 'tflite' (choose from"),
         (["--format=onnx", "--out=a.pt2"], "a file of the format onnx ends with .onnx, not 'a.pt2'"),
+        (["--out=."], "a file of the format onnx ends with .onnx, not ''"),
+        (["--out=folder.onnx"], "no file can be written at folder.onnx: it is a folder; give another path"),
+        (["--out=/proc/a.onnx"], "no file can be written at /proc/a.onnx: "),
         (["--formt=onnx"], "unrecognized arguments: --formt=onnx"),
     ],
 )
-def test_mistakes_end_with_one_sentence(command, finished_digits, arguments, sentence):
+def test_mistakes_end_with_one_sentence(command, finished_digits, tmp_path, arguments, sentence):
+    (tmp_path / "folder.onnx").mkdir()
     answer = command("export", finished_digits, *arguments)
     assert answer.status == 2
     assert answer.err.startswith(f"lightning-automl: {sentence}")

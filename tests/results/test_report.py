@@ -5,6 +5,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import DIGITS
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lightning_automl.metrics import SCORES, clopper_pearson
 from lightning_automl.results import Run, report
@@ -242,16 +245,13 @@ def test_names_are_escaped(digits):
 
 def test_groups_are_what_is_resampled(command, tmp_path):
     """Ten patients of the digits' test split: the interval is wider than that of single images."""
-    from conftest import DIGITS
-    from safetensors.numpy import load_file, save_file
-
     command("fit", "--config", DIGITS, "--dir=run", "--trainer.max_epochs=1")
     path = tmp_path / "run" / "predictions_test.safetensors"
-    tensors = load_file(path)
+    tensors, metadata = read_tensors(path)
     alone = verdict(Evidence(Run.read("run")))[0]
     wrong = tensors["probabilities"].argmax(1) != tensors["labels"]
     groups = np.where(wrong, np.arange(len(wrong)) % 3, 3 + np.arange(len(wrong)) % 7)
-    save_file(tensors | {"groups": groups.astype(np.int64)}, path)
+    save_file(tensors | {"groups": groups.astype(np.int64)}, path, metadata)
     together = verdict(Evidence(Run.read("run")))[0]
     assert width(together) > 1.5 * width(alone)
     assert "bootstrap over groups" in page_of("run").sections["Metrics"]
@@ -279,3 +279,52 @@ def test_the_command_writes_the_page_and_says_the_verdict(command, digits, tmp_p
 def test_a_directory_that_is_no_run_is_refused_in_one_sentence(command, arguments, sentence):
     answer = command("report", *arguments)
     assert (answer.status, answer.err) == (2, f"lightning-automl: {sentence}\n")
+
+
+def test_with_groups_it_is_groups_that_are_few(digits):
+    """Two patients a class: 36 images of a class are not 36 proofs."""
+    tensors, metadata = read_tensors(digits / "predictions_test.safetensors")
+    groups = tensors["labels"] * 2 + np.arange(len(tensors["labels"])) % 2
+    save_file(tensors | {"groups": groups}, digits / "predictions_test.safetensors", metadata)
+    _, second = verdict(Evidence(Run.read(digits)))
+    assert second.startswith("That is not conclusive for every class: of '0' there are only 2 groups, and 10 of 10")
+    assert "10 of 10 classes have fewer than 10 test groups" in page_of(digits).sections["To keep in mind"]
+
+
+def test_test_predictions_of_an_older_epoch_are_left_out_and_told(command, tmp_path):
+    command("fit", "--config", DIGITS, "--dir=run", "--trainer.max_epochs=1")
+    command("fit", "--dir=run", "--trainer.max_epochs=3", "--test_after_fit=false")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert not any(name.startswith("test_") for name in summary["metrics"])
+    assert summary["test_opened"] == 1
+    page = page_of("run")
+    assert "Confusion matrix (validation)" in page.sections
+    notes = page.sections["To keep in mind"]
+    assert "The test predictions that are there are of epoch 1, and the best one is 3 by now" in notes
+    assert command("test", "--dir=run").status == 0
+    assert verdict(Evidence(Run.read("run")))[0].startswith("On the 359 test images, opened 2 times,")
+
+
+def test_test_predictions_of_other_images_are_left_out_and_told(command):
+    command("fit", "--config", DIGITS, "--dir=run", "--trainer.max_epochs=1")
+    assert command("test", "--dir=run", "--data.split_seed=5").status == 0
+    page = page_of("run")
+    assert "Confusion matrix (validation)" in page.sections
+    assert "are of other images than the run's test split" in page.sections["To keep in mind"]
+
+
+def test_a_diverged_run_has_a_report(command):
+    keys = ("--model.optimizer.lr=1e30", "--model.scheduler=null", "--trainer.max_epochs=1")
+    assert command("fit", "--config", DIGITS, "--dir=run", *keys).status == 0
+    first, second = verdict(Evidence(Run.read("run")))
+    assert first == (
+        "216 of 216 validation predictions are no probabilities, as when training has diverged, so that nothing can be "
+        "said of its quality."
+    )
+    assert "smaller learning rate" in second
+    assert "Metrics" not in page_of("run").sections
+
+
+def read_tensors(path):
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
