@@ -1,5 +1,6 @@
-"""One image file: what its header says, and its pixels."""
+"""Image files: where they are, lists of them, what the header of one says, and its pixels."""
 
+import csv
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,13 +34,37 @@ class ImageFile:
     error: str = ""  # why it cannot be read
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, by their endings and in order; hidden files and folders are passed over."""
-    found = []
+def visible_files(folder: Path) -> list[Path]:
+    """The files below a folder, in order; hidden files and folders are passed over."""
+    found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return [path for path in found if path.suffix.lower() in EXTENSIONS]
+    return found
+
+
+def only_images(files: Iterable[Path]) -> list[Path]:
+    """Those that are image files by their endings."""
+    return [path for path in files if path.suffix.lower() in EXTENSIONS]
+
+
+def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, separated by commas, semicolons or tabs; missing values are empty.
+
+    Raises:
+        UserError: If it has not all columns that are ``needed``.
+    """
+    # names of files need not be UTF-8: their other bytes come in, and go out to the file system, as surrogates
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        first = file.readline()
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
+        columns = [column.strip() for column in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for column in needed:
+            if column not in columns:
+                raise UserError(f"{path} has no column {column!r}; it has {', '.join(columns) or 'nothing'}")
+        return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -101,16 +126,12 @@ def _read_tiff(path: Path) -> NDArray[Any]:
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
-def check_decoding(file: ImageFile) -> ImageFile:
-    """The file, with the reason as its ``error`` if its pixels cannot be read."""
-    if file.error:
-        return file
-    result = decode_or_error(file, file.size, file.channels)
-    return result if isinstance(result, ImageFile) else file
-
-
 def decode_or_error(file: ImageFile, size: tuple[int, int], channels: int) -> NDArray[Any] | ImageFile:
-    """Pixels ``(channels, height, width)``, resized; or the file with the reason why they cannot be read."""
+    """Pixels ``(channels, height, width)``, resized; or the file with the reason why they cannot be read.
+
+    Raises:
+        UserError: If a package is missing, so that files of this kind cannot be read at all.
+    """
     try:
         return _decode(file, size, channels)
     except UserError:
@@ -136,7 +157,7 @@ def _decode(file: ImageFile, size: tuple[int, int], channels: int) -> NDArray[An
             else:
                 mode = _MODES.get(channels)
                 if mode is None:
-                    raise UserError(f"{file.path} cannot be read with {channels} channels; known: 1, 2, 3, 4")
+                    raise ValueError(f"it cannot be read with {channels} channels; known: 1, 2, 3, 4")
                 planes = [_convert(shown, mode)]
             pixels = [np.asarray(_resize(plane, size)) for plane in planes]
     except (UnidentifiedImageError, SyntaxError):
@@ -149,7 +170,7 @@ def _decode(file: ImageFile, size: tuple[int, int], channels: int) -> NDArray[An
     if len(result) == 1 and channels != 1 and file.deep:
         result = np.repeat(result, channels, axis=0)
     if len(result) != channels:
-        raise UserError(f"{file.path} has {len(result)} channels and {channels} were asked for")
+        raise ValueError(f"it has {len(result)} channels and {channels} were asked for")
     return result
 
 

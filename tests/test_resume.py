@@ -81,7 +81,7 @@ def serve(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(tmp_path):
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights_and_predictions(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([sys.executable, __file__, tmp_path], env=environment, capture_output=True, text=True)
@@ -103,6 +103,12 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(tmp_path)
         assert {key: row[key] for key in row if key.startswith("val_")} == {
             key: expected[key] for key in expected if key.startswith("val_")
         }
+    from lightning_automl.results import Run
+
+    one, other = (Run.read(tmp_path / run) for run in ("killed", "whole"))
+    assert one.data == other.data
+    assert_same(*(torch.from_numpy(run.predictions("val").probabilities) for run in (one, other)))
+    assert one.predictions("val").origin == other.predictions("val").origin
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 

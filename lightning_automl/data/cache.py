@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class ImageCache:
     Args:
         folder: Where the caches of this set of files are; other runs may use it at the same time.
         files: Fingerprint of the files (see :func:`fingerprint`). What is in ``folder`` with another one is out of date
-            and is deleted; who has it open keeps it.
+            and is deleted, unless someone has it open.
         shape: Images, height, width, channels.
         variant: Fingerprint of what else decides about the pixels.
         about: Plain values for whoever looks at the file.
@@ -103,6 +103,8 @@ class ImageCache:
     ) -> Decoded:
         """Map the images; if they are not all there, make them first, or wait for the process that does.
 
+        Images that are all there are mapped from a place that cannot be written to, too.
+
         Args:
             measure_window: Gives the window of 16-bit images.
             decode: Yields images ``(images, height, width, channels)`` of rows with a window, some rows at a time.
@@ -112,13 +114,20 @@ class ImageCache:
             DiskFullError: If the space ran out on the way; the same call goes on from there.
         """
         self._announce()
-        self._make_folder()
         try:
+            found = self._map()
+            if found is not None:
+                if os.access(self.folder, os.W_OK):
+                    self._remove_stale()
+                return found
+            self._make_folder()
             with self._claimed():
                 self._remove_stale()
                 if not self.whole:
                     self._make(measure_window, decode)
-                return self._map()
+                found = self._map()
+                assert found is not None
+                return found
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -135,9 +144,12 @@ class ImageCache:
         if not reason and not os.access(self.folder, os.W_OK):
             reason = os.strerror(errno.EACCES)
         if reason:
-            raise UserError(
-                f"no cache can be made in {self.folder} ({reason}); give another place by --data.init_args.cache"
-            )
+            raise self._refused(reason)
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(
+            f"no cache can be made in {self.folder} ({reason}); give another place by --data.init_args.cache"
+        )
 
     def _announce(self) -> None:
         count, height, width, _ = self.shape
@@ -215,10 +227,23 @@ class ImageCache:
                 return first + same.index(False)
         return count
 
-    def _map(self) -> Decoded:
+    def _map(self) -> Decoded | None:
+        """The images, if all are there; nobody deletes them as long as they are mapped."""
+        while self.whole:
+            with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+                # Where locks are not known, nobody gets the one that is needed for deleting.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                if _same(file, self.path):
+                    return self._map_file(file)
+        return None
+
+    def _map_file(self, file: BinaryIO) -> Decoded:
+        # The lock stays when the file is closed here: it ends with the last descriptor, and mmap keeps a copy of it.
+        #
         # Read-only and shared: torch.from_file(shared=False) maps for writing too, which Linux refuses for files larger
         # than memory ("Cannot allocate memory"), and those are what this is for.
-        pixels = np.memmap(self.path, np.uint8, mode="r", shape=self.shape)
+        pixels = np.memmap(file, np.uint8, mode="r", shape=self.shape)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             images = torch.from_numpy(pixels)
@@ -232,7 +257,12 @@ class ImageCache:
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
         """Hold the lock of this cache; the kernel gives it back when this process ends, however it ends."""
-        file = _lock(self._lock, self._wait)
+        try:
+            file = _lock(self._lock, self._wait)
+        except OSError as error:  # some network file systems know no locks
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._refused(error.strerror or str(error)) from error
         assert file is not None
         with file:
             file.truncate(0)
@@ -247,19 +277,40 @@ class ImageCache:
         return True
 
     def _remove_stale(self) -> None:
-        """Delete what was made of the files as they were before; what another process is making right now stays."""
+        """Delete what was made of the files as they were before, or of others, and is neither made nor used now."""
         for lock in self.folder.glob("*.lock"):
             if lock.stem.split("-")[1] != self.files:
-                file = _lock(lock, lambda _: False)
-                if file is not None:
-                    with file:
-                        for suffix in (".images", ".json", ".part", ".facts", ".lock"):
-                            lock.with_suffix(suffix).unlink(missing_ok=True)
-                    log.info("%s was out of date and is deleted", lock.with_suffix(".images"))
+                try:
+                    deleted = _delete_unused(lock)
+                except OSError as error:  # of another user, or gone by now
+                    log.debug("%s is out of date and stays: %s", lock.with_suffix(".images"), error)
+                else:
+                    if deleted:
+                        log.info("%s was out of date and is deleted", lock.with_suffix(".images"))
 
     def _remove_partial(self) -> None:
         for path in (self._partial, self._partial_facts, self._description):
             path.unlink(missing_ok=True)
+
+
+def _delete_unused(lock: Path) -> bool:
+    """Delete a cache, unless a process makes it (and has its lock) or has it mapped (and shares that of its images)."""
+    claimed = _lock(lock, lambda _: False)
+    if claimed is None:
+        return False
+    with contextlib.ExitStack() as held:
+        held.enter_context(claimed)
+        images = lock.with_suffix(".images")
+        if images.exists():
+            # for writing, without which NFS gives no exclusive lock
+            file = held.enter_context(images.open("r+b"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        for suffix in (".images", ".json", ".part", ".facts", ".lock"):
+            lock.with_suffix(suffix).unlink(missing_ok=True)
+    return True
 
 
 def _lock(path: Path, wait: Callable[[TextIO], bool]) -> TextIO | None:
@@ -272,13 +323,16 @@ def _lock(path: Path, wait: Callable[[TextIO], bool]) -> TextIO | None:
             if not wait(file):
                 file.close()
                 return None
+        except OSError:
+            file.close()
+            raise
         # Who deleted it as out of date had the lock until now: then a new file is needed, which others see, too.
         if _same(file, path):
             return file
         file.close()
 
 
-def _same(file: TextIO, path: Path) -> bool:
+def _same(file: IO[Any], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

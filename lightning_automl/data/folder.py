@@ -1,6 +1,5 @@
 """Image files: one folder a class, or a table of files and labels."""
 
-import csv
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,8 +13,16 @@ from numpy.typing import NDArray
 
 from lightning_automl.data.base import ImageDataModule, Index
 from lightning_automl.data.cache import ImageCache, available_memory, fingerprint, readable_size
-from lightning_automl.image_files import EXTENSIONS, ImageFile, check_decoding, decode_or_error, read_header
-from lightning_automl.rundir import UserError
+from lightning_automl.image_files import (
+    EXTENSIONS,
+    ImageFile,
+    decode_or_error,
+    only_images,
+    read_header,
+    read_table,
+    visible_files,
+)
+from lightning_automl.rundir import UserError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +58,8 @@ class FolderDataModule(ImageDataModule):
         image_size: Height and width to resize all images to, or one number for both; needed if sizes differ. Images are
             squashed, not cropped, with Pillow's bilinear filter, which averages when it makes them smaller.
         channels: 1 (grey), 2 (grey and transparency), 3 (RGB) or 4 (RGB and transparency); needed if images differ.
-        skip_broken: Leave out files that cannot be read. To know them, every file is decoded when the index is made.
+        skip_broken: Leave out files that cannot be read. To know them, every file is decoded when the index is made;
+            if ``cache`` is a folder, those that could be decoded are remembered there until they change.
         cache: Where decoded images are kept. ``auto``: in memory if they take less than half of what is available, else
             on disk in ``cache/`` of the run directory (the trainer's ``default_root_dir``; without a trainer of the
             working directory). A folder: on disk there, decoded once for all runs that name it. None: in memory. A
@@ -93,7 +101,7 @@ class FolderDataModule(ImageDataModule):
         listed, class_names = self._list_files()
         files = _in_threads(read_header, [entry.path for entry in listed])
         if self.skip_broken:
-            files = _in_threads(check_decoding, files)
+            files = self._check_decoding(files)
         broken = [file for file in files if file.error]
         if broken and not self.skip_broken:
             raise UserError(_tell_broken(broken, len(files), Path(self.path)))
@@ -102,7 +110,8 @@ class FolderDataModule(ImageDataModule):
             kept = [(entry, file) for entry, file in zip(listed, files, strict=True) if not file.error]
             listed, files = [entry for entry, _ in kept], [file for _, file in kept]
             if not files:
-                raise UserError(f"none of the {len(broken)} image files in {self.path} can be read")
+                told = _some(broken, Path(self.path))
+                raise UserError(f"none of the {len(broken)} image files in {self.path} can be read: {told}")
         size = self._wanted_size or _common_size(files, Path(self.path))
         channels = self._wanted_channels or _common_channels(files, Path(self.path))
         _check_depth(files, Path(self.path))
@@ -150,6 +159,9 @@ class FolderDataModule(ImageDataModule):
         needed, available = processes * count * self.image_bytes, available_memory()
         fits = 2 * needed <= available
         told = f"{readable_size(available)} of memory are available" + (f" to {processes} processes" * (processes > 1))
+        if self.cache == "auto" and self.trainer is not None and self.trainer.world_size > 1:
+            # memory changes while one process after the other asks; this is called in setup, where all of them are
+            fits = self.trainer.strategy.broadcast(fits)
         if self.cache is None or (self.cache == "auto" and fits):
             height, width = self.image_size
             size = readable_size(count * self.image_bytes)
@@ -162,18 +174,53 @@ class FolderDataModule(ImageDataModule):
             told += "; --data.init_args.cache DIR would let several runs share them"
         root = Path(self.path).resolve()
         table = self._table()
-        self._check_place(place, root)
-        source = fingerprint([str(root), None if table is None else str(table.resolve())])[:8]
         # the window of deep images is that of the train split
         variant = fingerprint(self.split_rows["train"].tolist()) if self.is_deep() else ""
         return ImageCache(
-            place / f"{root.name[:60]}-{source}",
+            self._cache_folder(place),
             fingerprint([self.contents.names, _in_threads(_version, [file.path for file in self._files])]),
             (len(self._files), *self.image_size, self.channels),
             variant,
             about={"path": str(root), "labels": None if table is None else str(table)},
             why=told,
         )
+
+    def _cache_folder(self, place: Path) -> Path:
+        root = Path(self.path).resolve()
+        table = self._table()
+        self._check_place(place, root)
+        source = fingerprint([str(root), None if table is None else str(table.resolve())])[:8]
+        return place / f"{root.name[:60]}-{source}"
+
+    def _check_decoding(self, files: Sequence[ImageFile]) -> list[ImageFile]:
+        """The files, with the reason as ``error`` where the pixels cannot be read as they are wanted.
+
+        Only good files are remembered: what was wrong with another may be mended without a change of the file, by a
+        package that is installed.
+        """
+        size, channels, root = self._wanted_size, self._wanted_channels, Path(self.path)
+
+        def check(file: ImageFile) -> ImageFile:
+            result = decode_or_error(file, size or file.size, channels or file.channels)
+            return result if isinstance(result, ImageFile) else file
+
+        memory = None
+        if self.cache not in (None, "auto"):
+            memory = self._cache_folder(Path(self.cache)) / f"readable-{fingerprint([size, channels])}.json"
+        known = {} if memory is None else _recall(memory)
+        # before decoding: a file that is changed meanwhile is decoded again next time
+        versions = [list(version) for version in _in_threads(_version, [file.path for file in files])]
+        names = [_relative(file.path, root) for file in files]
+        unknown = [
+            place for place, file in enumerate(files) if not file.error and known.get(names[place]) != versions[place]
+        ]
+        checked = list(files)
+        for place, file in zip(unknown, _in_threads(check, [files[place] for place in unknown]), strict=True):
+            checked[place] = file
+        good = {names[place]: versions[place] for place in unknown if not checked[place].error}
+        if memory is not None and good:
+            _remember(memory, known | good)
+        return checked
 
     def _check_place(self, place: Path, root: Path) -> None:
         inside = place.resolve()
@@ -210,6 +257,21 @@ def _version(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def _recall(memory: Path) -> dict[str, list[int]]:
+    try:
+        known = read_json(memory)
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(memory: Path, known: dict[str, list[int]]) -> None:
+    try:
+        write_json(memory, known)
+    except OSError as error:  # only time is lost; that nothing can be written there, the cache itself tells
+        log.debug("which files can be read is not remembered in %s: %s", memory, error)
+
+
 def _list_folders(root: Path) -> tuple[list[_Listed], list[str]]:
     folders = _subfolders(root)
     split_folders = [folder for folder in folders if folder.name in SPLIT_FOLDERS]
@@ -234,8 +296,9 @@ def _list_folders(root: Path) -> tuple[list[_Listed], list[str]]:
                 "or a table labels.csv with the columns file and label"
             )
         for folder in classes:
-            files = [file for file in _walk(folder) if file.suffix.lower() in EXTENSIONS]
-            passed_over += sum(1 for _ in _walk(folder)) - len(files)
+            everything = visible_files(folder)
+            files = only_images(everything)
+            passed_over += len(everything) - len(files)
             if not files:
                 raise UserError(f"the class folder {folder} holds no images; known: {', '.join(EXTENSIONS)}")
             listed += [_Listed(file, folder.name, split) for file in files]
@@ -248,17 +311,7 @@ def _list_folders(root: Path) -> tuple[list[_Listed], list[str]]:
 
 
 def _list_table(table: Path, root: Path) -> tuple[list[_Listed], list[str]]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t", key=first.count)
-        reader = csv.DictReader(file, delimiter=delimiter)
-        columns = [column.strip() for column in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        for needed in ("file", "label"):
-            if needed not in columns:
-                raise UserError(f"{table} has no column {needed!r}; it has {', '.join(columns) or 'nothing'}")
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    rows = read_table(table, ("file", "label"))
     if not rows:
         raise UserError(f"{table} has no rows; give one a file")
     listed = []
@@ -267,6 +320,8 @@ def _list_table(table: Path, root: Path) -> tuple[list[_Listed], list[str]]:
         name, label, split = row["file"], row["label"], row.get("split", "")
         if not name or not label:
             raise UserError(f"line {line} of {table} has no {'label' if name else 'file'}")
+        if not label.isascii() and label.encode(errors="replace").decode() != label:
+            raise UserError(f"line {line} of {table} has a label that is not UTF-8, {label!r}; save the table as UTF-8")
         if split and split not in SPLIT_FOLDERS:
             raise UserError(
                 f"line {line} of {table} has the unknown split {split!r}; known: {', '.join(SPLIT_FOLDERS)}"
@@ -295,14 +350,6 @@ def _list_table(table: Path, root: Path) -> tuple[list[_Listed], list[str]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _walk(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return found
 
 
 def _in_threads(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:

@@ -2,10 +2,12 @@
 
 import csv
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_automl.image_files import EXTENSIONS, image_files
+from lightning_automl.image_files import EXTENSIONS, only_images, read_table, visible_files
 from lightning_automl.results.predictor import Predictor
 from lightning_automl.rundir import UserError, replacing
 
@@ -17,15 +19,15 @@ _SHOWN = 20
 def classify(source: str | Path, images: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write a table of image files with their most probable class and the probability of each class.
 
-    The columns are ``file``, ``label`` and ``probability_<class>``; files of a folder are named as seen from it, so
-    that ``FolderDataModule(folder, labels=table)`` reads the table. Files that cannot be read are not in it and are
-    listed at the end.
+    The columns are ``file``, ``label`` and ``probability_<class>``. Files of a folder are named as seen from it, so
+    that ``FolderDataModule(folder, labels=table)`` reads the table; if more than one folder, file or list is given, all
+    files are named as seen from here. Files that cannot be read are not in it and are listed at the end.
 
     Args:
         source: A run directory, or an ``.onnx`` file that ``export`` has written.
         images: Folders (looked through with their sub-folders), image files, and lists of files: a ``.txt`` with one
-            path a line, or a ``.csv`` with a column ``file``; a path that is not there from here is looked for beside
-            the list.
+            path a line, or a ``.csv`` with a column ``file``, separated by commas, semicolons or tabs; a path that is
+            not there from here is looked for beside the list.
         out: The CSV file; ``classified.csv`` in the run directory by default.
 
     Returns:
@@ -39,11 +41,14 @@ def classify(source: str | Path, images: Sequence[str | Path], out: str | Path |
         raise UserError("say where the table is to go: --out labels.csv")
     target = source / "classified.csv" if out is None else Path(out)
     names = {path: name for each in images for path, name in _listed(Path(each)).items()}
+    if len(images) > 1:  # two folders may each have a 0.png
+        names = {path: str(path) for path in names}
     if not names:
         raise UserError(f"there is no image in {', '.join(map(str, images))}; known: {', '.join(EXTENSIONS)}")
     predictor = Predictor(source)
     broken: dict[Path, str] = {}
-    with replacing(target) as partial, partial.open("w", newline="") as file:
+    as_given: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
+    with replacing(target) as partial, partial.open("w", newline="", **as_given) as file:
         table = csv.writer(file)
         table.writerow(["file", "label", *(f"probability_{name}" for name in predictor.class_names)])
         for part in predictor.stream(list(names)):
@@ -64,18 +69,14 @@ def classify(source: str | Path, images: Sequence[str | Path], out: str | Path |
 def _listed(given: Path) -> dict[Path, str]:
     """The files that an argument names, with what they are called in the table."""
     if given.is_dir():
-        return {path: str(path.relative_to(given)) for path in image_files(given)}
+        return {path: str(path.relative_to(given)) for path in only_images(visible_files(given))}
     if not given.exists():
         raise UserError(f"there is no file or folder {given}")
     kind = given.suffix.lower()
     if kind == ".csv":
-        with given.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if "file" not in (rows.fieldnames or ()):
-                raise UserError(f"{given} has no column 'file'; it has {', '.join(rows.fieldnames or ['nothing'])}")
-            lines = [row["file"] or "" for row in rows]
+        lines = [row["file"] for row in read_table(given, ["file"])]
     elif kind == ".txt":
-        lines = given.read_text(encoding="utf-8-sig").splitlines()
+        lines = given.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     elif kind in EXTENSIONS:
         return {given: str(given)}
     else:
@@ -83,7 +84,7 @@ def _listed(given: Path) -> dict[Path, str]:
             f"{given} is neither a folder, an image ({', '.join(EXTENSIONS)}) nor a list of files (.txt, .csv)"
         )
     named = [line.strip() for line in lines if line.strip()]
-    return {Path(name) if Path(name).exists() else given.parent / name: name for name in named}
+    return {Path(name) if os.path.exists(name) else given.parent / name: name for name in named}
 
 
 def _some(broken: dict[Path, str], names: dict[Path, str]) -> str:

@@ -2,17 +2,21 @@
 
 import errno
 import fcntl
+import gc
 import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,8 +84,8 @@ def decoded(monkeypatch):
     return names
 
 
-def load(path, cache=None, **settings):
-    data = FolderDataModule(str(path), cache=None if cache is None else str(cache), **settings)
+def load(path, cache=None, kind=FolderDataModule, **settings):
+    data = kind(str(path), cache=None if cache is None else str(cache), **settings)
     data.setup("fit")
     return data
 
@@ -184,10 +188,219 @@ def test_a_cache_is_made_anew_when_files_change(folder, tmp_path, decoded, chang
     after = load(folder, tmp_path / "c")
     assert len(decoded) == len(list(folder.rglob("*.png")))
     assert_same(after, load(folder))
-    assert len(caches(tmp_path / "c", "")) == 4  # images, json, lock and their folder: nothing out of date
-    # who had opened the former one keeps it
+    # who had opened the former ones keeps them
+    assert len(caches(tmp_path / "c")) == 3
     assert torch.equal(before.datasets["train"].images, images)
     assert small.datasets["train"][0][0].shape == (3, 3, 3)
+    del small, before
+    gc.collect()
+    load(folder, tmp_path / "c")
+    assert len(caches(tmp_path / "c", "")) == 4  # images, json, lock and their folder: nothing out of date
+
+
+class Cats(FolderDataModule):
+    """Takes a part of the files: half of them, with other labels."""
+
+    def _list_files(self):
+        listed, _ = super()._list_files()
+        cats = [entry for entry in listed if entry.label == "cat"]
+        halves = [replace(entry, label="ab"[place % 2]) for place, entry in enumerate(cats)]
+        return halves, ["a", "b"]
+
+
+def test_two_lists_of_files_of_one_folder_keep_both_caches_while_they_are_in_use(folder, tmp_path, decoded):
+    all_of_them, cats = load(folder, tmp_path / "c"), load(folder, tmp_path / "c", kind=Cats)
+    assert len(caches(tmp_path / "c")) == 2
+    decoded.clear()
+    again = load(folder, tmp_path / "c"), load(folder, tmp_path / "c", kind=Cats)
+    assert decoded == []
+    assert_same(again[1], cats)
+    del all_of_them, cats, again
+    gc.collect()
+    load(folder, tmp_path / "c", kind=Cats)
+    assert len(caches(tmp_path / "c")) == 1
+
+
+def can_be_deleted(path):
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_the_lock_of_a_cache_lasts_as_long_as_its_images(folder, tmp_path):
+    data = load(folder, tmp_path / "c")
+    images = data.datasets["train"].images[3:]
+    del data
+    gc.collect()
+    (path,) = caches(tmp_path / "c")
+    assert not can_be_deleted(path)
+    del images
+    assert can_be_deleted(path)
+
+
+def delete_cache(path):
+    shutil.rmtree(path.parent)
+
+
+def make_cache_anew(path):
+    shutil.copy(path, path.with_suffix(".new"))
+    path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize(("change", "decodes"), [(delete_cache, IMAGES), (make_cache_anew, 0)])
+def test_a_cache_that_changes_on_the_way_to_its_lock_is_opened_again(
+    folder, tmp_path, decoded, monkeypatch, change, decodes
+):
+    load(folder, tmp_path / "c")
+    (path,) = caches(tmp_path / "c")
+    lock = fcntl.flock
+    changes = iter([path])
+
+    def change_before(file, operation):
+        if operation == fcntl.LOCK_SH:
+            for place in changes:
+                change(place)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", change_before)
+    decoded.clear()
+    data = load(folder, tmp_path / "c")
+    assert next(changes, None) is None
+    assert len(decoded) == decodes
+    assert not can_be_deleted(path)
+    assert_same(data, load(folder))
+
+
+@pytest.fixture
+def write_protected(monkeypatch, tmp_path):
+    """Lets the place ``c`` be as on a read-only file system; permissions would not hold back the user root."""
+
+    def refuse(name, writes):
+        original = getattr(Path, name)
+
+        def call(path, *arguments, **options):
+            if path.is_relative_to(tmp_path / "c") and writes(path, *arguments):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, call)
+
+    def protect():
+        refuse("open", lambda path, mode="r", *_: set(mode) & set("wax+"))
+        refuse("unlink", lambda path: True)
+        refuse("mkdir", lambda path, *_: not path.exists())
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+    return protect
+
+
+def test_a_whole_cache_is_taken_from_a_place_that_cannot_be_written_to(folder, tmp_path, decoded, write_protected):
+    load(folder, tmp_path / "c", image_size=3)
+    gc.collect()
+    change_content(folder)
+    memory = load(folder)
+    shutil.copytree(tmp_path / "c", tmp_path / "old")
+    load(folder, tmp_path / "c")
+    shutil.copytree(tmp_path / "old", tmp_path / "c", dirs_exist_ok=True)  # out of date
+    for lock in caches(tmp_path / "c", ".lock"):
+        lock.unlink()
+    before = caches(tmp_path / "c", "")
+    assert len(before) == 5
+    decoded.clear()
+    write_protected()
+    assert_same(load(folder, tmp_path / "c"), memory)
+    assert decoded == []
+    assert caches(tmp_path / "c", "") == before
+    with pytest.raises(
+        UserError, match=r"^no cache can be made in .*pets-\w+ \(Permission denied\); give another place"
+    ):
+        load(folder, tmp_path / "c", image_size=4)
+
+
+def without_locks(monkeypatch, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_unless_the_cache_is_whole(folder, tmp_path, monkeypatch, number):
+    without_locks(monkeypatch, number)
+    reason = re.escape(os.strerror(number))
+    with pytest.raises(
+        UserError, match=rf"^no cache can be made in .*pets-\w+ \({reason}\); give another place by --data"
+    ):
+        load(folder, tmp_path / "c")
+    monkeypatch.undo()
+    load(folder, tmp_path / "c")
+    without_locks(monkeypatch, number)
+    assert_same(load(folder, tmp_path / "c"), load(folder))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_of_several_processes_decides_for_all_whether_images_fit(folder, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(folder_file, "available_memory", lambda: 0 if first else 2**40)
+    data = FolderDataModule(str(folder))
+    data.trainer = SimpleNamespace(
+        num_devices=2,
+        world_size=2,
+        default_root_dir=str(tmp_path),
+        strategy=SimpleNamespace(broadcast=lambda fits: first),
+    )
+    assert (data.image_cache() is None) == first
+
+
+def break_file(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def test_files_that_could_be_decoded_are_remembered_until_they_change(folder, tmp_path, decoded):
+    break_file(folder / "dog/29.png")
+    first = load(folder, tmp_path / "c", skip_broken=True)
+    assert len(decoded) == IMAGES + IMAGES - 1  # a look at each, and the cache
+    decoded.clear()
+    again = load(folder, tmp_path / "c", skip_broken=True)
+    assert decoded == ["29.png"]
+    assert_same(again, first)
+    change_content(folder)
+    break_file(folder / "cat/04.png")
+    decoded.clear()
+    FolderDataModule(str(folder), cache=str(tmp_path / "c"), skip_broken=True)
+    assert sorted(decoded) == ["04.png", "07.png", "29.png"]
+    decoded.clear()
+    FolderDataModule(str(folder), cache=str(tmp_path / "c"), skip_broken=True, channels=1)
+    assert len(decoded) == IMAGES  # what can be read with the one number of channels may not with another
+
+
+def test_a_memory_that_cannot_be_read_costs_only_time(folder, tmp_path, decoded):
+    FolderDataModule(str(folder), cache=str(tmp_path / "c"), skip_broken=True)
+    (memory,) = caches(tmp_path / "c", ".json")
+    for content in ("[", "[]"):
+        memory.write_text(content)
+        decoded.clear()
+        FolderDataModule(str(folder), cache=str(tmp_path / "c"), skip_broken=True)
+        assert len(decoded) == IMAGES
+
+
+def test_no_file_is_remembered_among_the_class_folders(folder):
+    before = caches(folder, "")
+    with pytest.raises(UserError, match="would be among the class folders"):
+        FolderDataModule(str(folder), cache=str(folder / "new"), skip_broken=True)
+    assert caches(folder, "") == before
+
+
+def test_files_are_looked_at_in_the_size_and_channels_that_are_wanted(folder, monkeypatch):
+    looks = []
+    original = folder_file.decode_or_error
+    monkeypatch.setattr(
+        folder_file, "decode_or_error", lambda file, *wanted: looks.append(wanted) or original(file, *wanted)
+    )
+    FolderDataModule(str(folder), skip_broken=True, image_size=(4, 5), channels=1)
+    assert looks == [((4, 5), 1)] * IMAGES
 
 
 def test_a_place_holds_caches_of_several_folders_and_settings(folder, tmp_path, decoded):
@@ -235,6 +448,8 @@ def test_16_bit_images_are_kept_with_the_window_of_their_train_split(deep_folder
     assert decoded == []
     for fold in (0, 1):
         assert_same(again[fold], load(deep_folder, fold=fold, folds=3))
+    del folds, again
+    gc.collect()
     write_image(deep_folder / "a/00.png", 77, np.uint16, (6, 8))
     load(deep_folder, tmp_path / "c", fold=0, folds=3)
     assert len(caches(tmp_path / "c")) == 1  # those of the files as they were are out of date for all folds
@@ -606,6 +821,7 @@ def test_what_another_process_is_making_is_not_deleted_as_out_of_date(start, fol
 def test_who_waited_for_a_lock_that_was_deleted_takes_one_that_others_see(start, folder, tmp_path):
     load(folder, tmp_path / "c")
     (lock,) = caches(tmp_path / "c", ".lock")
+    lock.with_suffix(".images").unlink()
     with lock.open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         second = start("two")

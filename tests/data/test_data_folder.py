@@ -1,5 +1,7 @@
 import builtins
 import logging
+import os
+import re
 import zlib
 
 import numpy as np
@@ -82,6 +84,17 @@ def test_another_table_may_be_named_and_use_semicolons(folder):
     (folder / "animals.csv").write_text("\ufefffile;label\n" + "\n".join(rows))
     assert load(folder, labels="animals.csv").class_names == ["cats", "dogs"]
     assert load(folder, labels=str(folder / "animals.csv")).class_names == ["cats", "dogs"]
+
+
+def test_a_table_may_name_files_whose_names_are_not_utf_8(folder):
+    name = os.fsdecode(b"cat/\xe9t\xe9.png")
+    (folder / "cat/0.png").rename(folder / name)
+    rows = [
+        b"cat/\xe9t\xe9.png,cat",
+        *(f"{label}/{n}.png,{label}".encode() for n in range(1, 9) for label in ("cat", "dog")),
+    ]
+    (folder / "labels.csv").write_bytes(b"file,label\n" + b"\n".join(rows))
+    assert load(folder).contents.names[0] == name
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp", "a.tif", "a.tiff", "a.bmp", "a.gif"])
@@ -260,10 +273,28 @@ def test_broken_files_may_be_left_out(folder, caplog):
     assert "2 files that cannot be read are left out: cat/0.png (the file is empty), dog/1.png (" in caplog.text
 
 
+@pytest.fixture
+def odd_file(folder):
+    """A TIFF file with five channels among files with three."""
+    tifffile.imwrite(folder / "cat" / "odd.tif", np.zeros((5, 6, 8), np.uint8), photometric="minisblack")
+    return folder / "cat" / "odd.tif"
+
+
+def test_a_file_with_other_channels_is_named_and_may_be_left_out(folder, odd_file, caplog):
+    told = r"cat/odd.tif \(it has 5 channels and 3 were asked for\)"
+    with pytest.raises(UserError, match=rf"^1 of \d+ image files cannot be read: {told}; repair them, or set --data"):
+        load(folder, channels=3)
+    data = load(folder, channels=3, skip_broken=True)
+    assert len(data.contents.names) == 20
+    assert any(re.fullmatch(f"1 files that cannot be read are left out: {told}", line) for line in caplog.messages)
+
+
 def test_all_files_broken_is_refused(folder):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 20 image files in"):
+    with pytest.raises(
+        UserError, match=r"none of the 20 image files in .* can be read: cat/0.png \(the file is empty\)"
+    ):
         load(folder, skip_broken=True)
 
 
@@ -359,6 +390,10 @@ def test_a_class_that_only_the_test_folder_has_is_refused(tmp_path):
         ("", "has no column 'file'; it has nothing"),
         ("name,label\ncat/0.png,cat", "has no column 'file'; it has name, label"),
         ("file,class\ncat/0.png,cat", "has no column 'label'; it has file, class"),
+        (
+            "file,label\ncat/0.png,cat\ncat/1.png,\udce9t",
+            r"line 3 of .* has a label that is not UTF-8, '\\udce9t'; save",
+        ),
         ("file,label\n", "has no rows; give one a file"),
         ("file,label\ncat/0.png,\n", "line 2 of .* has no label"),
         ("file,label\ncat/0.png,cat\n,dog", "line 3 of .* has no file"),
@@ -373,6 +408,6 @@ def test_a_class_that_only_the_test_folder_has_is_refused(tmp_path):
     ],
 )
 def test_a_wrong_table_is_refused(folder, table, message):
-    (folder / "labels.csv").write_text(table)
+    (folder / "labels.csv").write_text(table, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         load(folder)

@@ -1,6 +1,11 @@
 import csv
+import os
+import shutil
+import sys
 
+import numpy as np
 import pytest
+import tifffile
 
 from lightning_automl.data import FolderDataModule
 from lightning_automl.results import classify
@@ -8,7 +13,7 @@ from lightning_automl.rundir import UserError
 
 
 def rows_of(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -55,9 +60,68 @@ def test_files_and_lists_of_files_are_labelled(finished_folder, images, tmp_path
     assert [row["file"] for row in rows] == [
         f"{images}/dark/1.jpg",
         f"{images}/dark/3.gif",
-        "light/2.png",
+        f"{images}/light/2.png",
         f"{images}/light/4.bmp",
     ]
+
+
+@pytest.fixture
+def few(images, tmp_path):
+    """A folder with two of the images."""
+    (tmp_path / "few").mkdir()
+    for name in ("0.png", "1.jpg"):
+        shutil.copy(images / "dark" / name, tmp_path / "few" / name)
+    return tmp_path / "few"
+
+
+def test_files_of_several_folders_keep_what_tells_them_apart(command, finished_folder, few):
+    shutil.copytree(few, few.parent / "more")
+    answer = command("classify", finished_folder, "few", "more/", "--out=labels.csv")
+    assert answer.status == 0, answer.err
+    rows = rows_of("labels.csv")
+    assert [row["file"] for row in rows] == ["few/0.png", "few/1.jpg", "more/0.png", "more/1.jpg"]
+
+
+def test_a_file_with_other_channels_is_listed_and_is_not_fatal(command, finished_folder, few):
+    tifffile.imwrite(few / "odd.tif", np.zeros((5, 6, 8), np.uint8), photometric="minisblack")
+    answer = command("classify", finished_folder, "few", "--out=labels.csv")
+    assert answer.status == 0, answer.err
+    assert "1 of 3 files cannot be read and are not in it: odd.tif (it has 5 channels and 3 were asked" in answer.err
+    assert [row["file"] for row in rows_of("labels.csv")] == ["0.png", "1.jpg"]
+
+
+def test_many_channels_without_tifffile_name_the_command(finished_folder, few, monkeypatch):
+    tifffile.imwrite(few / "odd.tif", np.zeros((5, 6, 8), np.uint8), photometric="minisblack")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match="needs tifffile; pip install tifffile"):
+        classify(finished_folder, [few], few / "labels.csv")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_list_is_separated_by_commas_semicolons_or_tabs(finished_folder, few, delimiter):
+    (few / "list.csv").write_text(f"note{delimiter} file\nx{delimiter}1.jpg\n")
+    rows = rows_of(classify(finished_folder, [few / "list.csv"], few / "labels.csv"))
+    assert [row["file"] for row in rows] == ["1.jpg"]
+
+
+@pytest.mark.parametrize("listed", ["", "list.txt", "list.csv"])
+def test_names_that_are_not_utf_8_are_labelled_and_listed(command, finished_folder, few, listed):
+    names = [os.fsdecode(b"\xe9t\xe9.png"), os.fsdecode(b"\xe9t\xe9.gif")]
+    (few / "0.png").rename(few / names[0])
+    (few / names[1]).write_bytes(b"")
+    if listed:
+        (few / listed).write_bytes(b"file\n" * (listed == "list.csv") + b"\xe9t\xe9.png\n\xe9t\xe9.gif\n1.jpg\n")
+    answer = command("classify", finished_folder, few / listed, "--out=labels.csv")
+    assert answer.status == 0, answer.err
+    assert {row["file"] for row in rows_of("labels.csv")} == {names[0], "1.jpg"}
+    assert "1 of 3 files cannot be read" in answer.err
+    assert ".gif (the file is empty)" in answer.err
+
+
+def test_a_name_that_no_file_can_have_is_listed(finished_folder, few, caplog):
+    (few / "list.txt").write_text(f"{'x' * 300}.png\n1.jpg\n")
+    assert len(rows_of(classify(finished_folder, [few / "list.txt"], few / "labels.csv"))) == 1
+    assert "xxx.png (there is no such file)" in caplog.text
 
 
 def test_the_table_goes_into_the_run_directory_by_default(folder_run, images):
