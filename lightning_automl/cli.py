@@ -39,6 +39,7 @@ from lightning_automl.rundir import (
     UserError,
     check_continuation,
     environment,
+    index_digest,
     lock,
     new_directory,
     read_json,
@@ -269,12 +270,29 @@ class AutoMLCLI(LightningCLI):
             summary = read_json(self.directory / "summary.json")
             print(f"{self.directory} is finished: {_shown(summary['metrics'])}; larger limits would continue it")
             return
+        self._check_data(self.directory)
         try:
             super()._run_subcommand(subcommand)
             self._part()
         except BaseException as error:
             self._note_failure(self.directory, error)
             raise
+
+    def _check_data(self, directory: Path) -> None:
+        """Refuse data that have changed since the run began: splits would be cut anew, and tests see trained images.
+
+        Other data on purpose (``test --data.init_args.path``) are another configuration and are let through.
+        """
+        data: Any = self.datamodule
+        known = (read_json(directory / "data.json") or {}).get("index")
+        if known is None or not hasattr(data, "contents") or (self.subcommand == "fit" and not self._goes_on()):
+            return
+        saved, now = (yaml.safe_load(text)["data"] for text in ((directory / "config.yaml").read_text(), self.dump()))
+        if saved == now and index_digest(data.contents.names, data.contents.labels.tolist()) != known:
+            raise UserError(
+                f"the data are not those that {directory} was started with: images were added, removed, renamed or "
+                "labelled otherwise, which changes the splits; restore them, or start anew in another --dir"
+            )
 
     def _part(self) -> None:
         """Let the processes of a run end together: one that ends earlier takes the others with it."""

@@ -87,8 +87,8 @@ def ending(error: BaseException, rank: int = 0) -> tuple[int, str]:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What an exception was raised from, and that from, to the first; a ``raise ... from None`` ends the chain."""
-    while error.__cause__ is not None:
+    """What an exception was raised from, and that from, to the first, or to a mistake of the user that is told."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
 

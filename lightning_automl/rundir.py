@@ -131,8 +131,15 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, or ``None`` when there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """Read a JSON file, or ``None`` when there is no such file.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or remove it") from error
 
 
 def new_directory(name: str, root: Path = Path("runs")) -> Path:
@@ -156,10 +163,13 @@ def lock(directory: Path) -> TextIO:
         The open lock file; the claim lasts as long as the object lives.
 
     Raises:
-        UserError: If another living process holds it.
+        UserError: If another living process holds it, or the directory cannot be made or written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / ".lock").open("a+")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror or error}); give another --dir") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

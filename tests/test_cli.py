@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -515,3 +516,44 @@ def test_print_config_shows_the_config_and_runs_nothing(command, tmp_path, capfd
 def test_every_config_names_its_command_in_the_first_line():
     for config in (ROOT / "configs").rglob("*.yaml"):
         assert config.read_text().startswith("# lightning-automl "), config
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"garbage", "weights.pt cannot be read as weights"),
+        (None, "there is no weight file weights.pt"),
+    ],
+)
+def test_a_weight_file_that_cannot_be_read_is_told_in_one_sentence(command, tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "weights.pt").write_bytes(content)
+    keys = ["--model=ClassificationTask", "--model.model=Backbone", "--model.model.name=resnet18"]
+    keys += ["--model.model.pretrained=false", "--model.model.weights=weights.pt", "--data=DigitsDataModule"]
+    answer = command("fit", *keys, "--dir=run")
+    assert (answer.status, answer.err.count("\n")) == (2, 1), answer.err
+    assert answer.err.startswith(f"lightning-automl: {sentence}")
+
+
+def test_data_that_changed_since_the_run_began_are_refused(command, folder_run):
+    """Without one file the splits would be cut anew, and the test split hold images that were trained on."""
+    images = Path(yaml.safe_load((folder_run / "config.yaml").read_text())["data"]["init_args"]["path"])
+    other = folder_run.parent / "images"
+    shutil.copytree(images, other)
+    text = (folder_run / "config.yaml").read_text().replace(str(images), str(other))
+    (folder_run / "config.yaml").write_text(text)
+    assert command("test", f"--dir={folder_run}").status == 0
+    (other / "dark" / "3.gif").unlink()
+    for arguments in (["test"], ["validate"], ["fit", "--trainer.max_epochs=9"]):
+        answer = command(*arguments, f"--dir={folder_run}")
+        assert answer.status == 2
+        assert "the data are not those that" in answer.err
+    assert command("test", f"--dir={folder_run}", f"--data.path={images}").status == 0
+
+
+def test_a_directory_that_cannot_be_made_is_told(fit, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        answer = fit(f"--dir={place}")
+        assert answer.status == 2
+        assert answer.err.startswith(f"lightning-automl: {place} cannot be written (")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_automl.image_files import EXTENSIONS, only_images, read_table, visible_files
 from lightning_automl.results.predictor import Predictor
-from lightning_automl.rundir import UserError, replacing
+from lightning_automl.rundir import UserError, check_target, replacing
 
 log = logging.getLogger("lightning_automl")
 
@@ -45,6 +45,7 @@ def classify(source: str | Path, images: Sequence[str | Path], out: str | Path |
         names = {path: str(path) for path in names}
     if not names:
         raise UserError(f"there is no image in {', '.join(map(str, images))}; known: {', '.join(EXTENSIONS)}")
+    check_target(target)
     predictor = Predictor(source)
     broken: dict[Path, str] = {}
     as_given: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8

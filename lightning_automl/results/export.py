@@ -1,5 +1,6 @@
 """Hand a trained network on as one file that needs nothing of this project."""
 
+import io
 import json
 import logging
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_automl import __version__
-from lightning_automl.results.network import Trained, probabilities, trained_task, what_was_trained
+from lightning_automl.results.network import DIVERGED, Trained, probabilities, trained_task, what_was_trained
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import DisagreementError, UserError, check_target, replacing
 
@@ -37,7 +38,7 @@ def export(
     returns for images is the logits. ``safetensors``: the tensors of the task by name, ``mean`` and ``std`` among
     them, to be read by the argument ``weights`` of a network. Each file holds as metadata, as JSON texts,
     ``class_names``, ``channels``, ``image_size`` (height, width) and ``window`` (for networks trained on images with
-    more than 8 bits: what became 0 and 1 of each channel).
+    more than 8 bits: what became 0 and 1 of each channel), and ``probabilities``, how they follow from the logits.
 
     Args:
         directory: A run directory.
@@ -62,6 +63,9 @@ def export(
     run = Run.read(directory)
     trained = what_was_trained(run)
     task = trained_task(run)
+    with torch.no_grad():
+        if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
+            raise UserError(DIVERGED.format(directory))
     target = Path(out) if out is not None else run.directory / f"model{SUFFIXES[format]}"
     if target.suffix != SUFFIXES[format]:
         raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
@@ -98,10 +102,13 @@ def _difference(task: Any, trained: Trained, exported: "Callable[[Tensor], Tenso
     return largest
 
 
-def _facts(trained: Trained) -> dict[str, str]:
+def _facts(task: Any, trained: Trained) -> dict[str, str]:
+    loss = getattr(task, "loss", None)
+    own = f"{type(loss).__name__}.probabilities" if hasattr(loss, "probabilities") else "softmax"
     facts = {name: getattr(trained, name) for name in ("class_names", "channels", "image_size", "window")}
     written = {name: json.dumps(value) for name, value in facts.items()}
-    return written | {"input": "float32 (batch, channels, height, width) in [0, 1]", "lightning_automl": __version__}
+    described = {"input": "float32 (batch, channels, height, width) in [0, 1]", "probabilities": own}
+    return written | described | {"lightning_automl": __version__}
 
 
 @contextmanager
@@ -154,7 +161,7 @@ def _write_onnx(task: Any, trained: Trained, path: Path) -> None:
     )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _facts(trained))
+    onnx.helper.set_model_props(model, _facts(task, trained))
     onnx.save(model, str(path))
 
 
@@ -169,8 +176,9 @@ def _read_onnx(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":
 def _write_torch(task: Any, trained: Trained, path: Path) -> None:
     import torch
 
-    with path.open("wb") as file:  # torch.export.save wants a name that ends with .pt2, or a file
-        torch.export.save(_program(task, trained, with_probabilities=False), file, extra_files=_facts(trained))
+    file = io.BytesIO()  # on a full disk torch's own writer would end the process
+    torch.export.save(_program(task, trained, with_probabilities=False), file, extra_files=_facts(task, trained))
+    path.write_bytes(file.getbuffer())
 
 
 def _read_torch(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":
@@ -185,7 +193,7 @@ def _write_safetensors(task: Any, trained: Trained, path: Path) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.clone().contiguous() for name, tensor in task.state_dict().items()}
-    path.write_bytes(save(tensors, metadata=_facts(trained)))  # save_file would make it readable for its owner alone
+    path.write_bytes(save(tensors, _facts(task, trained)))  # save_file would make it readable for its owner alone
 
 
 def _read_safetensors(task: Any, path: Path) -> "Callable[[Tensor], Tensor]":

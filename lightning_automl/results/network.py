@@ -100,7 +100,10 @@ def trained_task(run: Run) -> "LightningModule":
             f"the network of {run.directory} cannot be built again: {one_sentence(root_cause(error))}"
         ) from error
     task: LightningModule = built.model
-    checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler that meets foreign bytes raises whatever it stumbles over
+        raise UserError(f"{run.best_checkpoint} cannot be read ({type(error).__name__}); it is damaged") from error
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"])
     return task.eval()
@@ -108,6 +111,10 @@ def trained_task(run: Run) -> "LightningModule":
 
 def _attribute(name: str) -> Callable[[Any], Any]:
     return lambda data: getattr(data, name)
+
+
+#: What to say of a network whose outputs are not finite.
+DIVERGED = "the network of {} gives no numbers (NaN): its training has diverged; train it with a smaller learning rate"
 
 
 def probabilities(task: Any, logits: "Tensor") -> "Tensor":

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.image_files import ImageFile, decode_or_error, read_header, windowed
-from lightning_automl.results.network import Trained, probabilities, trained_task, what_was_trained
+from lightning_automl.results.network import DIVERGED, Trained, probabilities, trained_task, what_was_trained
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError
 
@@ -67,8 +67,11 @@ class Predictor:
 
     def __init__(self, source: str | Path, device: str | None = None) -> None:
         source = Path(source)
+        if source.suffix == ".onnx" and not source.exists():
+            raise UserError(f"there is no file {source}; give an .onnx file made by export, or a run directory")
         if source.is_file() and source.suffix != ".onnx":
             raise UserError(f"{source} is neither a run directory nor an .onnx file; give one of these")
+        self._source = source
         self._network: _Network = _OnnxNetwork(source) if source.is_file() else _TorchNetwork(source, device)
         self._trained = self._network.trained
         self.class_names = self._trained.class_names
@@ -87,7 +90,10 @@ class Predictor:
                 f"images are {images.dtype} {images.shape}; the network takes uint8 (images, channels, height, width) "
                 f"with the last three {expected}"
             )
-        return self._network(images)
+        scores = self._network(images)
+        if not np.isfinite(scores).all():
+            raise UserError(DIVERGED.format(self._source))
+        return scores
 
     def files(self, files: Sequence[str | Path]) -> Classified:
         """Probabilities of image files of any size and mode; those that cannot be read are told apart."""
@@ -114,7 +120,7 @@ class Predictor:
                 pixels = [result for result in results if not isinstance(result, str)]
                 yield Classified(
                     [file for file, result in zip(batch, results, strict=True) if not isinstance(result, str)],
-                    self._network(np.stack(pixels)) if pixels else np.empty((0, len(self.class_names))),
+                    self.arrays(np.stack(pixels)) if pixels else np.empty((0, len(self.class_names))),
                     {file: result for file, result in zip(batch, results, strict=True) if isinstance(result, str)},
                 )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lightning_automl.image_files import windowed
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.run import Predictions, Run
-from lightning_automl.rundir import index_digest, write_text
+from lightning_automl.rundir import check_target, index_digest, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,10 +107,14 @@ class Evidence:
         return self._usable[split]
 
     def _checked(self, split: str) -> Predictions | None:
-        found = self.run.predictions(split)
+        name = {"val": "validation"}.get(split, split)
+        try:
+            found = self.run.predictions(split)
+        except Exception as error:  # whatever the reader of a damaged file stumbles over
+            self.doubts.append(f"The {name} predictions cannot be read: {error}.")
+            return None
         if found is None:
             return None
-        name = {"val": "validation"}.get(split, split)
         strange = int((~((found.probabilities >= 0) & (found.probabilities <= 1 + 1e-5))).any(1).sum())
         if strange:
             numbers = f"{strange:,} of {len(found.labels):,}"
@@ -232,7 +236,10 @@ def report(directory: str | Path) -> Path:
 
     from lightning_automl.results.sections import SECTIONS, verdict
 
-    evidence = Evidence(Run.read(directory))
+    run = Run.read(directory)
+    path = run.directory / "report.html"
+    check_target(path)
+    evidence = Evidence(run)
     sentences = verdict(evidence)
     sections = [section for make in SECTIONS if (section := make(evidence)) is not None]
     environment = Environment(
@@ -245,7 +252,6 @@ def report(directory: str | Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         title=evidence.run.directory.resolve().name, verdict=sentences, sections=sections
     )
-    path = evidence.run.directory / "report.html"
     write_text(path, page)
     log.info("%s: %s", path, " ".join(sentences))
     return path

@@ -48,28 +48,34 @@ def verdict(evidence: Evidence) -> tuple[str, str]:
 
 def _state(evidence: Evidence) -> str:
     run, judged, split = evidence.run, evidence.judged, evidence.split
+    reason = (run.summary or {}).get("reason", "not finished")
     beginning = ""
-    if run.summary is None or run.summary["status"] == "pruned":
-        how = "was pruned" if run.summary else "is not finished"
-        beginning = f"This run {how} ({_epochs(evidence)}); "
-    elif run.summary["status"] == "failed":
-        beginning = f"This run failed ({run.summary.get('reason', 'no reason was noted')}); "
+    if run.summary is not None and run.summary["status"] == "pruned":
+        beginning = f"This run was pruned ({_epochs(evidence)}); "
+    elif not run.finished and reason.startswith("not finished"):  # as an evaluation or larger limits leave it, too
+        beginning = f"This run is not finished ({_epochs(evidence)}); "
+    elif not run.finished:
+        beginning = f"This run failed ({reason}); "
     if judged is None:
         why = evidence.doubts[0].removesuffix(".") if evidence.doubts else "no predictions are there yet"
         sentence = f"{beginning}{why}, so that nothing can be said of its quality."
         return sentence[0].upper() + sentence[1:]
     score = _score("balanced_accuracy", evidence)
     opened = _times_opened(evidence)
-    where = f"on the {len(judged.labels):,} {'test' if split == 'test' else 'validation'} images"
+    there = sum(run.data.get("counts", {}).get(split, judged.labels.shape))
+    part = f"{len(judged.labels):,} of the " * (len(judged.labels) < there)
+    where = f"on {part or 'the '}{there:,} {_long(split)} images"
     if split == "test":
         where += f", opened {'once' if opened == 1 else f'{opened} times'}"
-    classes = len(evidence.class_names)
+    classes, occurring = len(evidence.class_names), len(np.unique(judged.labels))
+    which = f"{classes} classes" if occurring == classes else f"{occurring} of {classes} classes that occur"
     sentence = (
-        f"{where}, the mean recall of the {classes} classes is {_percent(score[0])} ({_interval(score)}), where "
+        f"{where}, the mean recall of the {which} is {_percent(score[0])} ({_interval(score)}), where "
         f"guessing would give {_percent(1 / classes)}"
     )
     if split == "val":
-        sentence += "; the test split is still closed, and validation, which chose the epoch, flatters"
+        closed = "no test of these weights is there" if _times_opened(evidence) else "the test split is still closed"
+        sentence += f"; {closed}, and validation, which chose the epoch, flatters"
     sentence = f"{beginning}{sentence}."
     return sentence[0].upper() + sentence[1:]
 
@@ -153,8 +159,9 @@ def scores(evidence: Evidence) -> Section | None:
     blocks: list[Any] = [
         Table(head, rows),
         Text(
-            f"Intervals: {how}. The calibration error has none, since resampling images makes it larger, nor has a "
-            "score that is the same in all draws. AUROC and average precision are means of one class against the rest."
+            f"{_precision(evidence)}Intervals: {how}. The calibration error has none, since resampling images makes it "
+            "larger, nor has a score that is the same in all draws. AUROC and average precision are means of one class "
+            "against the rest."
         ),
     ]
     if len(evidence.class_names) == 2:
@@ -450,6 +457,14 @@ def _score(name: str, evidence: Evidence, split: str | None = None) -> tuple[flo
     return value, found.low, found.high
 
 
+def _precision(evidence: Evidence) -> str:
+    """That what was computed with 16 bits differs from what classify and export compute with 32."""
+    precision = str(evidence.run.environment.get("precision", "32-true"))
+    if precision.startswith(("32", "64")):
+        return ""
+    return f"Computed in {precision}, as in training; classify and export compute in float32 and differ a little. "
+
+
 def _draws(judged: Predictions) -> int:
     affordable = _DRAWS * _VALUES_AT_FULL_DRAWS // judged.probabilities.size
     return int(np.clip(affordable, _FEWEST_DRAWS, _DRAWS))
@@ -502,7 +517,7 @@ def _percent(share: float) -> str:
 
 def _interval(score: tuple[float, float, float]) -> str:
     if not math.isfinite(score[1]):
-        return "too few groups or mistakes for an interval"
+        return "without an interval, since all resamplings agree"
     return f"95 % interval {_percent(score[1])} to {_percent(score[2])}"
 
 

@@ -137,3 +137,22 @@ def test_without_onnxruntime_the_extra_is_named(sources, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r'pip install "lightning-automl\[onnx\]"'):
         Predictor(sources["onnx"])
+
+
+def test_a_diverged_network_labels_nothing(command, digits):
+    checkpoint = torch.load(digits / "checkpoints/best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["model.linear.bias"][:] = float("nan")
+    torch.save(checkpoint, digits / "checkpoints/best.ckpt")
+    Image.fromarray(IMAGES[0, 0]).save(digits / "a.png")
+    for arguments in (["classify", digits, digits / "a.png", "--out=out.csv"], ["export", digits]):
+        answer = command(*arguments)
+        assert answer.status == 2
+        assert "gives no numbers (NaN): its training has diverged" in answer.err
+    assert not (digits / "model.onnx").exists()
+
+
+def test_a_damaged_checkpoint_is_told(digits):
+    path = digits / "checkpoints/best.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"best.ckpt cannot be read \(.*\); it is damaged"):
+        Predictor(digits)

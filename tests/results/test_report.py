@@ -325,6 +325,16 @@ def test_a_diverged_run_has_a_report(command):
     assert "Metrics" not in page_of("run").sections
 
 
+def test_a_part_of_a_split_and_a_damaged_file_are_told(command, tmp_path):
+    keys = ("--trainer.max_epochs=1", "--trainer.limit_test_batches=2", "--trainer.limit_val_batches=2")
+    command("fit", "--config", DIGITS, "--dir=run", *keys)
+    assert verdict(Evidence(Run.read("run")))[0].startswith("On 128 of the 359 test images, opened once, the mean")
+    path = tmp_path / "run" / "predictions_test.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    notes = page_of("run").sections["To keep in mind"]
+    assert "The test predictions cannot be read" in notes
+
+
 def read_tensors(path):
     with safe_open(path, "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
