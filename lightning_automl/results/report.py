@@ -107,7 +107,7 @@ class Evidence:
         return self._usable[split]
 
     def _checked(self, split: str) -> Predictions | None:
-        name = {"val": "validation"}.get(split, split)
+        name = split_name(split)
         try:
             found = self.run.predictions(split)
         except Exception as error:  # whatever the reader of a damaged file stumbles over
@@ -184,6 +184,11 @@ class Evidence:
         return Gallery(
             [(_address(image), caption, _is_small(image)) for image, caption in zip(images, captions, strict=True)]
         )
+
+
+def split_name(split: str) -> str:
+    """What a reader calls a split: ``validation`` for ``val``."""
+    return {"val": "validation"}.get(split, split)
 
 
 def _is_small(image: NDArray[np.uint8]) -> bool:

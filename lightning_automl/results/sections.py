@@ -18,6 +18,7 @@ from lightning_automl.results.report import (
     Table,
     Text,
     pictures,
+    split_name,
 )
 from lightning_automl.results.run import Predictions
 
@@ -64,7 +65,7 @@ def _state(evidence: Evidence) -> str:
     opened = _times_opened(evidence)
     there = sum(run.data.get("counts", {}).get(split, judged.labels.shape))
     part = f"{len(judged.labels):,} of the " * (len(judged.labels) < there)
-    where = f"on {part or 'the '}{there:,} {_long(split)} images"
+    where = f"on {part or 'the '}{there:,} {split_name(split)} images"
     if split == "test":
         where += f", opened {'once' if opened == 1 else f'{opened} times'}"
     classes, occurring = len(evidence.class_names), len(np.unique(judged.labels))
@@ -117,7 +118,7 @@ def cautions(evidence: Evidence) -> Section:
         few = [name for name, count in zip(evidence.class_names, units, strict=True) if count < FEW]
         if few:
             notes.append(
-                f"{len(few)} of {len(units)} classes have fewer than {FEW} {_long(evidence.split)} {unit}s "
+                f"{len(few)} of {len(units)} classes have fewer than {FEW} {split_name(evidence.split)} {unit}s "
                 f"({_some(few)}): their recall is hardly known."
             )
     if _times_opened(evidence) > 1:
@@ -146,7 +147,7 @@ def scores(evidence: Evidence) -> Section | None:
 
     columns = [{name: _score(name, evidence, split) for name in SCORES} for split in splits]
     rows = [[_NAMES.get(name, name), *(_with_interval(column[name]) for column in columns)] for name in SCORES]
-    head = ["", *(f"{_long(split)} (95 % interval)" for split in splits)]
+    head = ["", *(f"{split_name(split)} (95 % interval)" for split in splits)]
     judged = evidence.judged
     assert judged is not None
     if judged.groups is None:
@@ -180,7 +181,7 @@ def _two_classes(evidence: Evidence, judged: Predictions) -> list[Any]:
     rows = []
     for prevalence in sorted({0.01, 0.1, 0.5, float(counts[1] / counts.sum())}):
         values = predictive_values(float(sensitivity), float(specificity), prevalence)
-        here = f" (as in {_long(evidence.split)})" if prevalence == counts[1] / counts.sum() else ""
+        here = f" (as in {split_name(evidence.split)})" if prevalence == counts[1] / counts.sum() else ""
         rows.append([f"{_percent(prevalence)}{here}", _percent(values.positive), _percent(values.negative)])
     text = (
         f"With {names[1]!r} as the positive class, sensitivity is {_percent(sensitivity)} and specificity "
@@ -209,7 +210,7 @@ def confusion(evidence: Evidence) -> Section | None:
         names = evidence.class_names
         told = ", ".join(f"{names[true]!r} taken for {names[other]!r} ({wrong[true, other]})" for true, other in pairs)
         blocks.append(Text(f"Most frequent mistakes: {told}."))
-    return Section(f"Confusion matrix ({_long(evidence.split)})", blocks)
+    return Section(f"Confusion matrix ({split_name(evidence.split)})", blocks)
 
 
 def recall(evidence: Evidence) -> Section | None:
@@ -231,7 +232,7 @@ def recall(evidence: Evidence) -> Section | None:
     )
     text = "Points: share of the images of the class that are recognised. Lines: exact 95 % intervals (Clopper-Pearson)"
     text += "." if judged.groups is None else ", too narrow where a group has several images."
-    return Section(f"Recall of each class ({_long(evidence.split)})", [pictures(recall=figure), Text(text)])
+    return Section(f"Recall of each class ({split_name(evidence.split)})", [pictures(recall=figure), Text(text)])
 
 
 def calibration(evidence: Evidence) -> Section | None:
@@ -256,7 +257,7 @@ def calibration(evidence: Evidence) -> Section | None:
             f"{_percent(after)} on test and change no answer."
         )
     blocks.append(Text(text))
-    return Section(f"Calibration ({_long(evidence.split)})", blocks)
+    return Section(f"Calibration ({split_name(evidence.split)})", blocks)
 
 
 def most_wrong(evidence: Evidence) -> Section | None:
@@ -267,8 +268,8 @@ def most_wrong(evidence: Evidence) -> Section | None:
     wrong = np.flatnonzero(judged.predicted != judged.labels)
     order = wrong[np.argsort(-judged.probabilities[wrong].max(1), kind="stable")][:_SHOWN_IMAGES]
     if not len(order):
-        return Section(f"Most wrong images ({_long(evidence.split)})", [Text("No image was classified wrongly.")])
-    return Section(f"Most wrong images ({_long(evidence.split)})", [_gallery(evidence, judged, order)])
+        return Section(f"Most wrong images ({split_name(evidence.split)})", [Text("No image was classified wrongly.")])
+    return Section(f"Most wrong images ({split_name(evidence.split)})", [_gallery(evidence, judged, order)])
 
 
 def least_sure(evidence: Evidence) -> Section | None:
@@ -278,7 +279,7 @@ def least_sure(evidence: Evidence) -> Section | None:
         return None
     best = np.sort(judged.probabilities, axis=1)
     order = np.argsort(best[:, -1] - best[:, -2], kind="stable")[:_SHOWN_IMAGES]
-    return Section(f"Least sure images ({_long(evidence.split)})", [_gallery(evidence, judged, order)])
+    return Section(f"Least sure images ({split_name(evidence.split)})", [_gallery(evidence, judged, order)])
 
 
 def _gallery(evidence: Evidence, judged: Predictions, order: NDArray[np.int64]) -> Gallery | Text:
@@ -315,7 +316,7 @@ def data(evidence: Evidence) -> Section | None:
             f"; in training {names[int(shares.argmax())]!r} is the most frequent ({_percent(shares.max())}) and "
             f"{names[int(shares.argmin())]!r} the rarest ({_percent(shares.min())})"
         )
-    rows: list[list[Any]] = [[_long(split), f"{total:,}"] for split, total in totals.items()]
+    rows: list[list[Any]] = [[split_name(split), f"{total:,}"] for split, total in totals.items()]
     head = ["split", "images"]
     if about.get("groups"):
         head.append("groups")
@@ -505,10 +506,6 @@ def _epochs(evidence: Evidence) -> str:
     done = len(evidence.run.epochs)
     wanted = evidence.run.config["trainer"].get("max_epochs")
     return f"{done}{f' of {wanted}' if wanted and wanted > 0 else ''} epochs are done"
-
-
-def _long(split: str) -> str:
-    return {"val": "validation"}.get(split, split)
 
 
 def _percent(share: float) -> str:
