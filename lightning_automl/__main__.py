@@ -13,6 +13,7 @@ COMMANDS = {
     "validate": ("cli", "evaluate a run's best checkpoint on the validation split"),
     "test": ("cli", "evaluate a run's best checkpoint on the test split"),
     "predict": ("cli", "write the class probabilities of a run's best checkpoint to predictions.csv"),
+    "search": ("searching", "vary a fit config by a sampler, stop weak trials early, and leave the best config"),
     "report": ("finished", "write one HTML page about a run, finished or not"),
     "export": ("finished", "write a run's network as ONNX, torch.export or safetensors, and check its outputs"),
     "classify": ("finished", "label new images with a run or an exported ONNX file"),
@@ -33,6 +34,7 @@ examples:
   lightning-automl fit --config configs/baseline/digits_cnn.yaml --dir runs/digits
   lightning-automl fit --config configs/baseline/digits_cnn.yaml --model.init_args.optimizer.init_args.lr 0.01
   lightning-automl test --dir runs/digits
+  lightning-automl search --config configs/hpo/digits_cnn.yaml --dir runs/hpo --workers 2
   lightning-automl report runs/digits
   lightning-automl export runs/digits --format onnx
   lightning-automl classify runs/digits new_images --out labels.csv"""

@@ -17,7 +17,7 @@ import jsonargparse
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar, WeightAveraging  # noqa: F401  # EMA: short name in YAML
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -27,7 +27,7 @@ import lightning_automl.data
 import lightning_automl.losses
 import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
-from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter
+from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter, TrialPruning
 from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
 from lightning_automl.models.weights import without_loading
@@ -36,6 +36,7 @@ from lightning_automl.process import keep_freed_memory, messages, rank, see_work
 from lightning_automl.results.configuration import RUN_DEFAULTS, TRAINER_DEFAULTS
 from lightning_automl.results.network import FROM_DATA
 from lightning_automl.rundir import (
+    Status,
     UserError,
     check_continuation,
     environment,
@@ -64,10 +65,12 @@ class AutoMLCLI(LightningCLI):
 
     Args:
         args: The command line behind the program's name.
+        callbacks: Further ones that watch the run and are no part of its configuration.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
         self.arguments = list(args)
+        self.watching = list(callbacks)
         self.started = time.monotonic()
         self.finished_before = False
         self.directory: Path | None = None
@@ -244,7 +247,7 @@ class AutoMLCLI(LightningCLI):
             self._get(self.config, "mode"),
             self._get(self.config, "checkpoint_every_n_steps"),
         )
-        callbacks = [*_as_list(config["callbacks"]), self.writer]
+        callbacks = [*_as_list(config["callbacks"]), *self.watching, self.writer]
         if getattr(self.datamodule, "batch_size", None) == "auto":
             callbacks.append(BatchSizeProbe())
         if config["enable_progress_bar"] is None:
@@ -329,17 +332,29 @@ class AutoMLCLI(LightningCLI):
             self.trainer.fit(**kwargs)
         except (SIGTERMException, SystemExit) as error:  # Lightning ends the process itself on Ctrl-C
             raise KeyboardInterrupt from error
+        except Exception:  # TrialPruned, which the rank with the trial raises
+            if not self.pruned:
+                raise
         if self.trainer.received_sigterm:
             raise KeyboardInterrupt
         best = self.writer.best or {}
         metrics = {name: value for name, value in best.items() if name.startswith(("train_", "val_"))}
         if best:
             metrics["best_epoch"] = best["epoch"]
+        if self.pruned:
+            self._finish(metrics, 0, status="pruned")
+            return
         opened = 0
         if self._get(self.config, "test_after_fit") and self._has_test_data():
             metrics |= self._evaluate(self.trainer.test, verbose=False)
             opened = 1
         self._finish(metrics, opened)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether a search has stopped the run before its end."""
+        trainer: Any = self.trainer
+        return any(each.pruned for each in trainer.callbacks if isinstance(each, TrialPruning))
 
     def _has_test_data(self) -> bool:
         data: Any = self.datamodule if self.datamodule is not None else self.model
@@ -385,7 +400,13 @@ class AutoMLCLI(LightningCLI):
             raise UserError(f"{path} does not exist: no epoch of this run was finished; give the fit command again")
         return str(path)
 
-    def _finish(self, metrics: dict[str, float], opened: int, artefacts: dict[str, str] | None = None) -> None:
+    def _finish(
+        self,
+        metrics: dict[str, float],
+        opened: int,
+        artefacts: dict[str, str] | None = None,
+        status: Status = "finished",
+    ) -> None:
         if rank() != 0:
             return
         directory = self.writer.directory
@@ -396,7 +417,7 @@ class AutoMLCLI(LightningCLI):
         summarise(
             directory,
             str(self.subcommand),
-            "finished",
+            status,
             metrics=metrics,
             seconds=self.seconds(),
             opened=opened,

@@ -43,7 +43,7 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
             )
         return _unknown(found[1], f"argument of {classes[-1].rsplit('.', 1)[-1]}:", _parameters(classes[-1]))
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
-        return _unknown(found[1], f"class for {keys}:", _class_names())
+        return _unknown(found[1], f"class for {keys}:", _class_names(keys))
     if found := re.search(r"Multiple subclasses with name .+?: (.+)\.", text):
         return f"{keys}: several classes have this name; give the full path, one of {found[1]}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
@@ -135,14 +135,21 @@ def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _class_names() -> Iterator[str]:
-    """Short names of every imported class that a YAML file may want."""
-    from lightning.pytorch import Callback, LightningDataModule
-    from torch import nn
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+def _class_names(key: str) -> Iterator[str]:
+    """Short names of every imported class that a YAML file may want at a key."""
+    bases: tuple[type, ...]
+    if key.rsplit(".", 1)[-1] in ("sampler", "pruner"):
+        from optuna.pruners import BasePruner
+        from optuna.samplers import BaseSampler
 
-    bases: tuple[type, ...] = (nn.Module, LightningDataModule, Callback, Optimizer, LRScheduler)
+        bases = (BasePruner,) if key.endswith("pruner") else (BaseSampler,)
+    else:
+        from lightning.pytorch import Callback, LightningDataModule
+        from torch import nn
+        from torch.optim import Optimizer
+        from torch.optim.lr_scheduler import LRScheduler
+
+        bases = (nn.Module, LightningDataModule, Callback, Optimizer, LRScheduler)
     for base in bases:
         yield from (found.__name__ for found in _below(base) if not found.__name__.startswith("_"))
 

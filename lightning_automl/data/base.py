@@ -136,6 +136,8 @@ class ImageDataModule(LightningDataModule, ABC):
         subset: Stratified share of the train split to train on, in (0, 1].
         val_fraction: Share of the train split that becomes the val split, if the data bring none.
         test_fraction: Share of all images that becomes the test split, if the data bring none.
+        train_on_val: Train on the val split as well, for a last run after all choices are made; set
+            ``trainer.limit_val_batches`` to 0, since nothing is left to validate on.
         split_seed: Decides about splits, folds and subset, independently of the run's seed.
         sampling: ``balanced`` draws each class equally often, with replacement, instead of shuffling.
         predict_split: Split that ``predict`` goes through, in order.
@@ -166,6 +168,7 @@ class ImageDataModule(LightningDataModule, ABC):
         subset: float | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
+        train_on_val: bool = False,
         split_seed: int = 0,
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         predict_split: Literal["train", "val", "test"] = "test",
@@ -200,6 +203,7 @@ class ImageDataModule(LightningDataModule, ABC):
             subset=subset,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
+            train_on_val=train_on_val,
             seed=split_seed,
         )
         self.class_counts = torch.from_numpy(
@@ -324,6 +328,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def eval_dataloader(self, split: str) -> DataLoader[Batch]:
         """Batches of any split in the order of the index, not augmented, every image once over all ranks."""
+        if split not in self.split_rows:
+            raise UserError(f"with train_on_val there is no {split} split; set trainer.limit_val_batches to 0")
         rank, world_size = self._rank()
         dataset = self.dataset(split)
         return self._loader(

@@ -25,6 +25,7 @@ def make_splits(
     subset: float | None = None,
     val_fraction: float = 0.15,
     test_fraction: float = 0.2,
+    train_on_val: bool = False,
     seed: int = 0,
 ) -> dict[str, Rows]:
     """Row numbers of the train, val and test split, each ascending.
@@ -43,6 +44,7 @@ def make_splits(
         subset: Share of the train split to keep, in (0, 1]; smaller subsets lie within larger ones.
         val_fraction: Share of what is left after test, in (0, 1).
         test_fraction: Share of all images, in (0, 1).
+        train_on_val: Put the val split into train; there is then no val split, and the test split is what it was.
         seed: Decides about everything random here.
 
     Raises:
@@ -76,9 +78,13 @@ def make_splits(
         train, val = everything, splits["val"]
     else:
         train, val = cutter.hold_out(everything, val_fraction, reserve=1, salt=1)
+    if train_on_val:
+        if fold is not None:
+            raise UserError("train_on_val and fold exclude each other: a fold is a val split; leave one of them out")
+        train = np.sort(np.concatenate([train, val]))
     if subset is not None:
         train = cutter.reduce(train, subset)
-    splits = {"train": train, "val": val, "test": splits["test"]}
+    splits = {"train": train, **({} if train_on_val else {"val": val}), "test": splits["test"]}
     cutter.check_complete(splits)
     return splits
 

@@ -1,4 +1,9 @@
-"""What a network costs: parameters and floating-point operations."""
+"""What a network costs: parameters, floating-point operations and time."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -25,14 +30,45 @@ def flop_count(model: nn.Module, input_shape: tuple[int, ...]) -> int:
         model: The network; its training flags are restored afterwards.
         input_shape: ``(channels, height, width)``, without the batch.
     """
-    training = {module: module.training for module in model.modules()}
+    with _evaluating(model), FlopCounterMode(display=False) as counter:
+        model(_image(model, input_shape))
+    return int(counter.get_total_flops())
+
+
+def latency(model: nn.Module, input_shape: tuple[int, ...], repeats: int = 30) -> float:
+    """Milliseconds of the forward pass of one image on the device and with the threads that there are: a median.
+
+    Args:
+        model: The network, in evaluation mode meanwhile.
+        input_shape: ``(channels, height, width)``, without the batch.
+        repeats: Timed passes, after a third as many that are not.
+    """
+    image = _image(model, input_shape)
+    seconds = []
+    with _evaluating(model):
+        for turn in range(repeats + repeats // 3):
+            start = time.perf_counter()
+            model(image)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+            if turn >= repeats // 3:
+                seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
+
+def _image(model: nn.Module, input_shape: tuple[int, ...]) -> torch.Tensor:
     like = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flags are restored afterwards."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(image)
+        with torch.no_grad():
+            yield
     finally:
         for module, flag in training.items():
             module.training = flag
-    return int(counter.get_total_flops())

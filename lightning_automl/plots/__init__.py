@@ -4,5 +4,30 @@ from lightning_automl.plots.calibration import reliability_diagram
 from lightning_automl.plots.classes import class_counts, class_recall
 from lightning_automl.plots.confusion import confusion_matrix
 from lightning_automl.plots.curves import learning_curves
+from lightning_automl.plots.dimensions import Dimension
+from lightning_automl.plots.history import best_so_far, optimisation_history
+from lightning_automl.plots.importances import parameter_importances
+from lightning_automl.plots.intermediate import intermediate_values
+from lightning_automl.plots.parallel import parallel_coordinates
+from lightning_automl.plots.pareto import pareto_front
+from lightning_automl.plots.population import Segment, population_history, value_schedule
+from lightning_automl.plots.slices import value_slice
 
-__all__ = ["class_counts", "class_recall", "confusion_matrix", "learning_curves", "reliability_diagram"]
+__all__ = [
+    "Dimension",
+    "Segment",
+    "best_so_far",
+    "class_counts",
+    "class_recall",
+    "confusion_matrix",
+    "intermediate_values",
+    "learning_curves",
+    "optimisation_history",
+    "parallel_coordinates",
+    "parameter_importances",
+    "pareto_front",
+    "population_history",
+    "reliability_diagram",
+    "value_schedule",
+    "value_slice",
+]

@@ -1,0 +1,51 @@
+"""What the benchmarks of searches share: small CIFAR-100 images, and a `search` command that goes on when killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lightning_automl.rundir import replacing
+
+
+def small_cifar100(data_root: Path, work: Path) -> Path:
+    """CIFAR-100 with means of 2 x 2 pixels, so 16 x 16, as an ``.npz`` file in ``work``; made once."""
+    path = work / "cifar100_16.npz"
+    if not path.exists():
+        with np.load(data_root / "cifar100.npz") as file:
+            arrays = {name: file[name] for name in file.files}
+        for name, values in arrays.items():
+            if values.ndim == 4:
+                images, height, width, channels = values.shape
+                blocks = values.reshape(images, height // 2, 2, width // 2, 2, channels)
+                arrays[name] = blocks.mean((2, 4)).round().astype(np.uint8)
+        with replacing(path) as partial, partial.open("wb") as out:
+            np.savez(out, **arrays)
+    return path
+
+
+def search(config: dict[str, Any], directory: Path, *arguments: str) -> dict[str, Any]:
+    """Run a search to its end, or go on with it, and return its ``study.json``."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    file = directory.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    command = [sys.executable, "-m", "lightning_automl", "search", "--config", str(file), "--dir", str(directory)]
+    subprocess.run([*command, *arguments], check=True)
+    record: dict[str, Any] = json.loads((directory / "study.json").read_text())
+    return record
+
+
+def best_so_far(record: dict[str, Any]) -> list[list[float]]:
+    """Best value of the complete trials against the epochs trained so far, in the order in which trials ended."""
+    curve: list[list[float]] = []
+    spent, best = 0, float("-inf")
+    for trial in sorted((each for each in record["trials"] if each["ended"]), key=lambda each: each["ended"]):
+        spent += trial["epochs"]
+        if trial["state"] == "COMPLETE" and trial["values"][0] > best:
+            best = trial["values"][0]
+            curve.append([spent, best])
+    return curve

@@ -1,0 +1,31 @@
+"""The sections of a run's page, one function each: evidence in, section out, or None where nothing is to be said."""
+
+from collections.abc import Callable
+
+from lightning_automl.results.evidence import Evidence
+from lightning_automl.results.page import Section
+from lightning_automl.results.sections.data import data
+from lightning_automl.results.sections.images import least_sure, most_wrong
+from lightning_automl.results.sections.predictions import calibration, confusion, recall, scores
+from lightning_automl.results.sections.provenance import commands, versions
+from lightning_automl.results.sections.training import configuration, cost, curves
+from lightning_automl.results.sections.verdict import cautions, verdict
+
+__all__ = ["SECTIONS", "verdict"]
+
+#: In the order of the page.
+SECTIONS: list[Callable[[Evidence], Section | None]] = [
+    cautions,
+    scores,
+    confusion,
+    recall,
+    calibration,
+    most_wrong,
+    least_sure,
+    data,
+    curves,
+    configuration,
+    cost,
+    versions,
+    commands,
+]

@@ -1,0 +1,86 @@
+"""How a study was made, and how to go on from it."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_automl.results.page import Commands, Folded, Section, Table
+from lightning_automl.results.sections.provenance import version_table
+from lightning_automl.results.sections.study.verdict import SEEDS
+from lightning_automl.results.sections.wording import value_text
+from lightning_automl.results.study import StudyRecord
+from lightning_automl.rundir import flatten
+
+#: Trials that a finished search may be given more.
+_MORE = 50
+
+
+def settings(record: StudyRecord) -> Section:
+    """All settings of the search, and on a click those of the run that it varies."""
+    elsewhere = ("run", "space", "name", "storage", "enqueued_default")
+    own = {key: value for key, value in record.search.items() if key not in elsewhere}
+    rows = [["study", record.name], ["storage", record.storage or "unknown"]]
+    rows += [[key, _text(value)] for key, value in flatten(own).items()]
+    blocks: list[Any] = [Table(["key", "value"], rows)]
+    run = record.search.get("run")
+    if isinstance(run, Mapping):
+        table = Table(["key", "value"], [[key, _text(value)] for key, value in flatten(run).items()])
+        blocks.append(Folded("The run that is varied", table))
+    elif run is not None:
+        rows.append(["run", str(run)])
+    return Section("Settings of the search", blocks)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value_text(value)
+
+
+def versions(record: StudyRecord) -> Section | None:
+    """What has to be the same for the same numbers."""
+    return version_table(record.environment)
+
+
+def commands(record: StudyRecord) -> Section:
+    """How to train what was found, to go on, and to look into the study."""
+    directory = shlex.quote(str(record.directory))
+    lines = []
+    if record.best:
+        lines.append(f"lightning-automl fit --config {directory}/best.yaml --dir {directory}-best")
+    for number in record.best[1:3] if record.several else ():
+        place = f"{directory}/{record.by_number[number].directory or f'trials/{number:04d}'}"
+        lines.append(
+            f"lightning-automl fit --config {place}/config.yaml --test_after_fit true --dir {directory}-{number}"
+        )
+    if not record.finished:
+        lines.append(f"lightning-automl search --dir {directory}    # goes on")
+    elif not record.population:
+        # Lost ones do not count.
+        counted = len(record.of_state("COMPLETE", "PRUNED", "REFUSED", "FAIL"))
+        lines.append(f"lightning-automl search --dir {directory} --trials {counted + _MORE}    # {_MORE} more")
+    if record.best:
+        lines.append(f"lightning-automl search --dir {directory} --retrain {SEEDS}    # opens the test split")
+    return Section("Commands", [Commands([*lines, *_looking(record)])])
+
+
+def _looking(record: StudyRecord) -> list[str]:
+    """Lines for Optuna's dashboard and for Python."""
+    url = record.storage
+    if not url:
+        return []
+    password = "    # with the password for ***" if "***" in url else ""
+    shown, opened = url, repr(url)
+    if url.startswith("journal:"):
+        shown = url.removeprefix("journal:").removeprefix("//")
+        opened = f"JournalStorage(journal.JournalFileBackend({shown!r}))"
+    elif url.startswith("grpc:"):
+        shown = ""
+        host, _, port = url.removeprefix("grpc://").rpartition(":")
+        opened = f"GrpcStorageProxy(host={host!r}, port={port})"
+    code = f"import optuna; print(optuna.load_study(study_name={record.name!r}, storage={opened}).best_trials)"
+    if opened != repr(url):
+        code = f"from optuna.storages import *; {code}"
+    lines = [f"optuna-dashboard {shlex.quote(shown)}{password}"] if shown else []
+    return [*lines, f"python -c {shlex.quote(code)}{password}"]

@@ -1,0 +1,630 @@
+"""The command ``search``: a study over a fit config, whose trials are runs of their own.
+
+Lightning is not imported here. Runs, and all that only LightningCLI knows of configs, are the business of the trial
+server and ``trial.py``.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jsonargparse
+import optuna
+import yaml
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, TPESampler
+from optuna.trial import TrialState
+
+from lightning_automl.mistakes import ending, one_sentence, root_cause
+from lightning_automl.process import messages, see_working_directory
+from lightning_automl.results import report
+from lightning_automl.rundir import (
+    UserError,
+    differences,
+    flatten,
+    lock,
+    new_directory,
+    read_json,
+    remove_partial_files,
+    summarise,
+    write_json,
+    write_text,
+)
+from lightning_automl.search.devices import slices, visible_gpus
+from lightning_automl.search.pruners import check_pruner, hyperband_sentence
+from lightning_automl.search.records import best_trials
+from lightning_automl.search.samplers import PopulationSampler
+from lightning_automl.search.spaces import Space
+from lightning_automl.search.storages import open_storage
+from lightning_automl.search.study import StudyFailed, derived_seed, open_study, search
+from lightning_automl.search.trials import TrialServer
+from lightning_automl.studies.configs import TrialConfigs
+from lightning_automl.studies.files import StudyFiles
+from lightning_automl.studies.retrain import retrain
+from lightning_automl.studies.runs import COSTS, RANK, FitTrials, directory_of
+
+log = logging.getLogger("lightning_automl")
+
+#: Keys that may change when a search is continued; those of ``_GROWING`` may only grow.
+_CHANGEABLE = ("timeout", "workers", "storage", "retrain", "hang_timeout", "trial_timeout")
+_GROWING = ("trials", "epochs")
+
+#: Keys of a run that may differ between the machines that share a study.
+_LOCAL = ("data.init_args.path", "data.init_args.cache", "trainer.accelerator", "trainer.enable_progress_bar")
+
+#: What the sampler is told by the search, and so does not have to be given.
+_FILLED = {"search_space", "total"}
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="lightning-automl search",
+        description="Search over a fit config. Keys of the run itself are given as --run.<dotted key>; --dry-run shows "
+        "three sampled configs and trains nothing.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    time = str | float | None
+    keys: dict[str, tuple[Any, Any, str]] = {
+        "dir": (str | None, None, "Where everything goes; a new runs/NAME-N by default."),
+        "run": (str | dict[str, Any] | None, None, "The fit config that is varied: a file, or the config itself."),
+        "monitor": (
+            str | list[str] | None,
+            None,
+            "What to search for: metrics, parameters, flops, latency (ms); the run's monitor by default.",
+        ),
+        "direction": (str | list[str] | None, None, "minimize or maximize, one a monitor; by their names by default."),
+        "trials": (int | None, None, "Trials in all, over all machines."),
+        "epochs": (int | None, None, "Epochs in all, over all machines."),
+        "timeout": (time, None, "Time for this command, as 90s, 30m or 2h."),
+        "space": (dict[str, Any] | str | None, None, "What is varied, by name or dotted path; or a file that says it."),
+        "enqueue": (
+            list[dict[str, Any]] | None,
+            None,
+            "Values to try first, by name; {} is the unchanged run, which is the default. [] for none.",
+        ),
+        "folds": (int | None, None, "A trial is the mean over so many folds, and is pruned after a fold."),
+        "seed": (int, 0, "Of the sampler."),
+        "name": (str | None, None, "Of the study; that of the config file by default."),
+        "storage": (
+            str | None,
+            None,
+            "URL: postgresql://..., grpc://HOST:PORT, journal:FILE, sqlite:///FILE; by default DIR/study.db.",
+        ),
+        "workers": (int, 1, "Trials at once on this machine."),
+        "retrain": (int, 0, "Train the best config on train and val with so many seeds, and open the test split."),
+        "hang_timeout": (time, "10m", "A trial of which a process gives no sign of life for so long is killed."),
+        "trial_timeout": (time, None, "A trial that takes longer is killed."),
+    }
+    parser.add_argument("--config", action="config", help="A search config.")
+    for key, (kind, default, text) in keys.items():
+        parser.add_argument(f"--{key}", type=kind, default=default, help=text)
+    parser.add_subclass_arguments(
+        BaseSampler, "sampler", skip=_FILLED, required=False, help="Any of Optuna's or ours; TPESampler by default."
+    )
+    parser.add_subclass_arguments(BasePruner, "pruner", required=False, help="Any of Optuna's; none by default.")
+    return parser
+
+
+class Search:
+    """One ``search`` command.
+
+    Args:
+        arguments: The command line behind ``search``.
+        held: Closes what the command opens.
+    """
+
+    def __init__(self, arguments: Sequence[str], held: contextlib.ExitStack) -> None:
+        self.held = held
+        own, self.overrides = _split(arguments)
+        self.dry = "--dry-run" in own
+        own = _with_saved_config([each for each in own if each != "--dry-run"])
+        self.parser = _parser()
+        try:
+            self.given = self.parser.parse_args(own)
+        except jsonargparse.ArgumentError as error:
+            raise UserError(one_sentence(error, self.parser)) from error
+        given = self.given
+        files = [Path(str(path)) for path in given.config or []]
+        if given.run is None:
+            raise UserError("a search needs the fit config that it varies; give it as run: in the search config")
+        if not given.space:
+            raise UserError("the space is empty; name at least one value of the run to vary under space:")
+        if given.workers < 1:
+            raise UserError(f"workers is {given.workers}; it must be 1 or more")
+        if given.folds is not None and given.folds < 2:
+            raise UserError(f"folds is {given.folds}; it must be 2 or more")
+        for key in ("trials", "epochs"):
+            if given[key] is not None and given[key] < 1:
+                raise UserError(f"{key} is {given[key]}; it must be 1 or more")
+        self.timeout = seconds_of("timeout", given.timeout)
+        self.silence = seconds_of("hang_timeout", given.hang_timeout)
+        self.limit = seconds_of("trial_timeout", given.trial_timeout)
+        if isinstance(given.space, str):
+            given.space = _space_of(_beside(given.space, files, "space"))
+        self.space = Space.parse(_plain(given.space))
+        self.name = given.name or (files[-1].stem if files else "search")
+        self.run_arguments = self._run_arguments(files)
+
+    def _run_arguments(self, files: Sequence[Path]) -> list[str]:
+        """The command line of the run that is varied."""
+        run = self.given.run
+        if isinstance(run, str):
+            found = _beside(run, files, "run")
+        else:
+            folder = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
+            found = folder / "run.yaml"
+            found.write_text(yaml.safe_dump(_plain(run), sort_keys=False))
+        return ["--config", str(found.resolve()), *self.overrides]
+
+    def __call__(self, log_to: Callable[[Path], None]) -> None:
+        """Search, and leave in the directory what was found."""
+        given = self.given
+        scratch = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
+        gpus = visible_gpus()
+        self.server = self.held.enter_context(TrialServer(RANK))
+        self.directory = scratch if self.dry else self._claim()
+        if not self.dry:
+            log_to(self.directory / "log.txt")
+        monitors = _as_list(given.monitor)
+        resolved = self._ask(
+            scratch,
+            do="resolve",
+            arguments=self.run_arguments,
+            monitors=monitors,
+            gpus=len(gpus) // given.workers,
+            seed=given.seed,
+        )
+        self.base: dict[str, Any] = resolved["config"]
+        self.monitors: list[str] = resolved["monitors"]
+        self.directions = self._directions(resolved["directions"])
+        self.ranks: int = resolved["ranks"]
+        watch = next((name for name in self.monitors if name not in COSTS), None)
+        self.configs = TrialConfigs(
+            self.base,
+            self.space,
+            watch,
+            self.directions[self.monitors.index(watch)] if watch else "maximize",
+            self.directory,
+            scheduled=self._is(PopulationSampler),
+        )
+        on_gpu = self.base["trainer"]["accelerator"] != "cpu"
+        self.slices = slices(given.workers, self.ranks, gpus if on_gpu else (), _cores())
+        self.sampler = self._sampler(given.seed)
+        self.pruner = self._pruner()
+        covering = _covering(self.space)
+        self._ask(
+            scratch,
+            do="check",
+            file=str(scratch / "check.yaml"),
+            configs=[self.configs.of_trial(values, {}) for values in covering],
+        )
+        if self.dry:
+            self._show()
+            return
+        self._settle(resolved["environment"])
+        self._search()
+
+    def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
+        """Let a process of the trial server answer; its mistakes are the user's."""
+        log_file = scratch / "server.txt"
+        found = self.server.run(
+            payload,
+            ranks=1,
+            threads=1,
+            log=log_file,
+            environment={},
+            on_message=lambda message: None,
+            silence=None,
+            timeout=None,
+            stop=None,
+        )
+        if found.kind == "done":
+            assert found.result is not None
+            return found.result
+        if found.exception in ("UserError", "MisconfigurationException"):
+            raise UserError(found.reason)
+        tail = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
+        raise RuntimeError(f"{found.reason}\n{tail}")
+
+    def _is(self, cls: type) -> bool:
+        spec = self.given.sampler
+        return spec is not None and spec.class_path.rsplit(".", 1)[-1] == cls.__name__
+
+    def _directions(self, by_name: list[str]) -> list[str]:
+        given = _as_list(self.given.direction)
+        if not given:
+            return by_name
+        if len(given) != len(self.monitors):
+            raise UserError(f"direction has {len(given)} values for {len(self.monitors)} monitors; give one for each")
+        short = {"min": "minimize", "max": "maximize"}
+        directions = [short.get(each, each) for each in given]
+        for each in directions:
+            if each not in short.values():
+                raise UserError(f"unknown direction {each!r}; known: minimize, maximize")
+        return directions
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        """The sampler of the config, with the seed, the grid and the length of a run filled in."""
+        spec = self.given.sampler
+        with _quietly():
+            if spec is None:
+                return TPESampler(seed=seed)
+            spec = spec.clone()
+            _fill_seeds(spec, seed)
+            arguments = dict(spec.get("init_args") or {})
+            try:
+                if self._is(GridSampler):
+                    return GridSampler(self.space.grid(), **arguments)
+                if self._is(PopulationSampler):
+                    return PopulationSampler(total=self.base["trainer"]["max_epochs"], **arguments)
+                built: BaseSampler = self.parser.instantiate_classes(_namespace(sampler=spec)).sampler
+            except Exception as error:
+                raise _refused("sampler", error) from error
+            return built
+
+    def _pruner(self) -> BasePruner | None:
+        spec = self.given.pruner
+        if spec is None:
+            return None
+        with _quietly():
+            try:
+                pruner: BasePruner = self.parser.instantiate_classes(_namespace(pruner=spec)).pruner
+            except Exception as error:
+                raise _refused("pruner", error) from error
+        check_pruner(pruner, self.directions, self.sampler)
+        if sentence := hyperband_sentence(pruner):
+            log.warning("%s", sentence)
+        return pruner
+
+    def _claim(self) -> Path:
+        """The directory, held for this command."""
+        if self.given.dir is None:
+            directory = new_directory(self.name)
+        else:
+            directory = Path(self.given.dir)
+            strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt"}
+            if strange and not (directory / "config.yaml").exists() and not (directory / "study.json").exists():
+                raise UserError(
+                    f"{directory} is not the directory of a search and not empty (it holds {min(strange)}); "
+                    "give another --dir"
+                )
+        self.held.enter_context(lock(directory))
+        remove_partial_files(directory)
+        return directory
+
+    def _resolved(self) -> dict[str, Any]:
+        """The search as it is kept: with the whole run, without the directory."""
+        kept = {key: value for key, value in _plain(self.given).items() if key not in ("config", "dir")}
+        return kept | {"run": self.base, "monitor": self.monitors, "direction": self.directions, "name": self.name}
+
+    def _settle(self, environment: Mapping[str, Any]) -> None:
+        """Write down what the search is, after looking whether the directory takes it."""
+        saved = self.directory / "config.yaml"
+        now = yaml.safe_load(yaml.safe_dump(self._resolved()))
+        if saved.exists():
+            for key, (old, new) in differences(yaml.safe_load(saved.read_text()), now).items():
+                if key in _GROWING and (new is None or (old is not None and new >= old)):
+                    continue
+                if key in _GROWING:
+                    raise UserError(
+                        f"{self.directory} was started with {key}={old}, now it is {new}; limits can only grow"
+                    )
+                if key.split(".")[0] not in _CHANGEABLE:
+                    raise UserError(
+                        f"{self.directory} was started with {key}={old}, now it is {new}; give the former value to "
+                        "continue it, or another --dir to start anew"
+                    )
+        write_text(saved, yaml.safe_dump(now, sort_keys=False))
+        if not (self.directory / "environment.json").exists():
+            write_json(self.directory / "environment.json", {**environment, "command": sys.argv})
+
+    def _search(self) -> None:
+        given = self.given
+        started = time.monotonic()
+        storage, url = open_storage(given.storage, self.directory)
+        run = {key: value for key, value in flatten(self.base).items() if key not in _LOCAL}
+        study, _ = open_study(
+            self.name,
+            storage,
+            self.directions,
+            self.sampler,
+            self.pruner,
+            space=self.space,
+            identity={"monitors": self.monitors, "folds": given.folds, "run": run},
+        )
+        # The seed decides about the first process of a study; one that comes later must not draw the same values.
+        # Samplers whose seed is a part of what they visit keep it.
+        existing = len(study.get_trials(deepcopy=False))
+        if (
+            existing
+            and not self._is(GridSampler)
+            and not self._is(PopulationSampler)
+            and not self._is(optuna.samplers.QMCSampler)
+        ):
+            others = any(trial.state == TrialState.RUNNING for trial in study.get_trials(deepcopy=False))
+            study.sampler = self._sampler(derived_seed(given.seed, existing, str(os.getpid()) if others else ""))
+        if not self._limited():
+            raise UserError("a search needs a limit; give trials, epochs or timeout")
+        log.info("study %r in %s", self.name, url)
+        log.info("%s", self._plan(existing))
+        score = FitTrials(
+            self.server,
+            self.configs,
+            self.directory,
+            self.monitors,
+            self.slices,
+            self.ranks,
+            folds=given.folds,
+            silence=self.silence,
+            limit=self.limit,
+        )
+        files = StudyFiles(
+            study, self.configs, self.directory, self.monitors, self.record(), url, self._expected_trials()
+        )
+        try:
+            with files:
+                search(
+                    study,
+                    self.space,
+                    score,
+                    trials=given.trials,
+                    epochs=given.epochs,
+                    timeout=self.timeout,
+                    workers=given.workers,
+                    enqueue=() if existing else self._first(),
+                    directory_of=directory_of,
+                    on_change=files.changed,
+                )
+            files.write()
+            metrics, opened = self._results(files)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
+                files.write(final=False)
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_sentence(root_cause(error))
+                seconds = time.monotonic() - started
+                summarise(self.directory, "search", "failed", seconds=seconds, reason=reason)
+            raise
+        names = ("best.yaml", "trials.csv", "study.json", "retrain.json", "report.html")
+        left = {Path(name).stem: name for name in names if (self.directory / name).exists() or name == "report.html"}
+        summarise(
+            self.directory,
+            "search",
+            "finished",
+            metrics=metrics,
+            seconds=time.monotonic() - started,
+            opened=opened,
+            artefacts=left,
+        )
+        report(self.directory)
+
+    def _results(self, files: StudyFiles) -> tuple[dict[str, float], int]:
+        """What the best trial came to, and if asked for its retrained runs; and how often these open the test split."""
+        best = best_trials(files.study)
+        metrics: dict[str, float] = {}
+        if len(best) == 1 and best[0].values is not None:
+            metrics = dict(zip(self.monitors, best[0].values, strict=True))
+        wanted = self.given.retrain
+        if not wanted or not best:
+            return metrics, 0
+        before = (read_json(self.directory / "retrain.json") or {}).get("runs", [])
+        found = retrain(
+            self.server,
+            files.config_of(best[0]),
+            self.directory,
+            range(self.given.seed, self.given.seed + wanted),
+            self.slices,
+            self.ranks,
+            trial=best[0].number,
+            silence=self.silence,
+        )
+        metrics |= {name: value["mean"] for name, value in found["metrics"].items()}
+        return metrics, max(0, wanted - len(before))
+
+    def _expected_trials(self) -> int | None:
+        trials: int | None = self.given.trials
+        if isinstance(self.sampler, PopulationSampler) and trials is None:
+            return self.sampler.population * self.sampler.total // self.sampler.ready
+        return trials
+
+    def record(self) -> dict[str, Any]:
+        """What ``study.json`` says of the search."""
+        return self._resolved() | {"enqueued_default": self.given.enqueue is None and bool(self._first())}
+
+    def _limited(self) -> bool:
+        given = self.given
+        ends = any(map(self._is, (GridSampler, BruteForceSampler, PopulationSampler)))
+        return ends or not given.trials is given.epochs is self.timeout is None
+
+    def _first(self) -> list[dict[str, Any]]:
+        """The values to try first."""
+        if self.given.enqueue is None:
+            if self._is(GridSampler) or self._is(BruteForceSampler):
+                return []  # they come to it
+            return [self.space.values_in(self.base)]
+        default = self.space.values_in(self.base)
+        return [self.space.encode(values) if values else default for values in map(_plain, self.given.enqueue)]
+
+    def _plan(self, existing: int) -> str:
+        given = self.given
+        limits = [f"{given[key]} {key}" for key in ("trials", "epochs") if given[key]]
+        limits += [f"{given.timeout} of time"] if self.timeout else []
+        processes = f" of {self.ranks} processes" if self.ranks > 1 else ""
+        told = (
+            f"{' or '.join(limits) or 'all of the space'}; {given.workers} trial(s){processes} at once, "
+            f"{self.slices[0].threads} thread(s) a process"
+        )
+        return f"{told}; {existing} trials are there already" if existing else told
+
+    def _show(self) -> None:
+        """Print three configs as they would be tried."""
+        study = optuna.create_study(sampler=self.sampler if not self._is(PopulationSampler) else None)
+        for number in range(3):
+            values = self.space.suggest(study.ask())
+            print(f"# config {number}: {', '.join(f'{name}={value}' for name, value in values.items())}")
+            for key, (_, value) in differences(self.base, self.configs.trained(values, {})).items():
+                print(f"{key}: {yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
+            print()
+        print("nothing was trained")
+
+
+def seconds_of(key: str, text: str | float | None) -> float | None:
+    """Seconds of ``90``, ``90s``, ``30m`` or ``2h``.
+
+    Raises:
+        UserError: If it is no time above zero.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(text))
+    value = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if value <= 0:
+        raise UserError(f"{key} is {text!r}; give a time above zero as 90s, 30m or 2h")
+    return value
+
+
+def _beside(name: str, files: Sequence[Path], key: str) -> Path:
+    """A file that a config names: from the folder of the config, or from here."""
+    for place in [*(file.parent / name for file in reversed(files)), Path(name)]:
+        if place.is_file():
+            return place
+    raise UserError(f"{key}: the file {name} does not exist, from here or from the folder of the search config")
+
+
+def _space_of(path: Path) -> Any:
+    """The space in a file, which may be another search's config."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"space: {path} is not YAML; give a file with a space or a search config") from error
+    return found["space"] if isinstance(found, dict) and "run" in found and "space" in found else found
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The search's own arguments, and those of the run without their ``--run.``."""
+    own: list[str] = []
+    of_run: list[str] = []
+    rest = list(arguments)
+    while rest:
+        each = rest.pop(0)
+        if not each.startswith("--run."):
+            own.append(each)
+            continue
+        of_run.append("--" + each.removeprefix("--run."))
+        if "=" not in each:
+            if not rest:
+                raise UserError(f"{each} has no value; give one behind it")
+            of_run.append(rest.pop(0))
+    return own, of_run
+
+
+def _with_saved_config(arguments: list[str]) -> list[str]:
+    """Let a search on an existing directory read the config that is kept there."""
+    names = [each.split("=")[0] for each in arguments]
+    if "--config" in names or "-h" in names or "--help" in names or "--dir" not in names:
+        return arguments
+    place = names.index("--dir")
+    directory = arguments[place].partition("=")[2] or arguments[place + 1]
+    saved = Path(directory) / "config.yaml"
+    return ["--config", str(saved), *arguments] if saved.exists() else arguments
+
+
+def _covering(space: Space) -> list[dict[str, Any]]:
+    """Few sampled values in which every name and every choice of the space occurs, as far as sampling finds them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen: set[tuple[str, Any]] = set()
+    found = []
+    for _ in range(300):
+        values = space.suggest(study.ask())
+        # A number of a range stands for all, a choice for itself.
+        now = {(name, repr(value) if isinstance(value, str | bool | None) else "") for name, value in values.items()}
+        if not now <= seen:
+            seen |= now
+            found.append(values)
+    return found
+
+
+def _fill_seeds(spec: Any, seed: int) -> None:
+    """Give the seed to every class within that takes one and was not given one."""
+    if not isinstance(spec, jsonargparse.Namespace | dict):
+        return
+    for key in list(vars(spec) if isinstance(spec, jsonargparse.Namespace) else spec):
+        if key == "seed" and spec[key] is None:
+            spec[key] = seed
+        else:
+            _fill_seeds(spec[key], seed)
+
+
+def _namespace(**values: Any) -> jsonargparse.Namespace:
+    return jsonargparse.Namespace(**values)  # type: ignore[no-untyped-call]
+
+
+def _refused(what: str, error: Exception) -> UserError:
+    cause = root_cause(error)
+    return UserError(f"the {what} cannot be made: {one_sentence(cause)}")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Optuna's remarks that what was asked for is experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries and lists instead of jsonargparse's namespaces."""
+    if isinstance(value, jsonargparse.Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
+    see_working_directory()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        with messages() as log_to, contextlib.ExitStack() as held:
+            Search(arguments[1:], held)(log_to)
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+    except StudyFailed as error:
+        print(f"lightning-automl: {error}", file=sys.stderr)
+        return 1
+    except BaseException as error:
+        status, sentence = ending(error)
+        print(sentence, file=sys.stderr)
+        return status
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,127 @@
+"""The best config trained anew with several seeds on train and val together, each opening the test split once."""
+
+import logging
+import math
+import statistics
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+
+from lightning_automl.rundir import UserError, read_json, write_json, write_text
+from lightning_automl.search.devices import Slice
+from lightning_automl.search.trials import TrialServer
+from lightning_automl.studies.configs import of_seed
+
+log = logging.getLogger("lightning_automl")
+
+
+def retrain(
+    server: TrialServer,
+    config: Mapping[str, Any],
+    directory: Path,
+    seeds: Sequence[int],
+    slices: Sequence[Slice],
+    ranks: int,
+    *,
+    trial: int,
+    silence: float | None = 600.0,
+) -> dict[str, Any]:
+    """Train ``config`` on train and val with each seed, test it, and write ``retrain.json``.
+
+    Runs that are finished are not repeated, and one that was killed goes on from its last checkpoint.
+
+    Args:
+        server: Makes the processes.
+        config: The best config, a resolved fit config.
+        directory: Of the study; the runs are in ``retrain/seed-N``.
+        seeds: Of the runs.
+        slices: Devices and threads of each worker; so many runs are trained at once.
+        ranks: Processes of a run.
+        trial: The number of the trial that the config is of, for the record.
+        silence: Seconds without a sign of life after which a run is killed.
+
+    Returns:
+        What ``retrain.json`` holds: ``runs``, and ``metrics`` by name with ``mean``, ``std``, ``low``, ``high`` and
+        ``n``; the interval is Student's at 95 % over the seeds, which does not tell how far another test set would
+        differ.
+
+    Raises:
+        UserError: If the run refuses the config, for example since its data module has no ``train_on_val``.
+        RuntimeError: If a run failed.
+    """
+    stop = threading.Event()
+    free: SimpleQueue[Slice] = SimpleQueue()
+    for each in slices:
+        free.put(each)
+
+    def train(seed: int) -> dict[str, Any]:
+        place = directory / "retrain" / f"seed-{seed}"
+        wanted = of_seed(config, seed)
+        kept = place / "wanted.json"
+        if read_json(kept) not in (None, wanted):
+            raise UserError(
+                f"{place} was trained with another config than the best one now; remove {place.parent} to retrain it"
+            )
+        if (read_json(place / "summary.json") or {}).get("status") != "finished":
+            if not (place / "config.yaml").exists():
+                write_text(place / "config.yaml", yaml.safe_dump(wanted, sort_keys=False))
+                write_json(kept, wanted)
+            own = free.get()
+            try:
+                ending = server.run(
+                    {"do": "fit", "directory": str(place), "watch": None, "costs": []},
+                    ranks=ranks,
+                    threads=own.threads,
+                    log=place / "output.txt",
+                    environment={"CUDA_VISIBLE_DEVICES": ",".join(own.gpus)} if own.gpus else {},
+                    on_message=lambda message: None,
+                    silence=silence,
+                    timeout=None,
+                    stop=stop,
+                )
+            finally:
+                free.put(own)
+            if ending.kind != "done":
+                error = UserError if ending.exception == "UserError" else RuntimeError
+                raise error(f"retraining with seed {seed} failed: {ending.reason} (see {place / 'output.txt'})")
+        metrics = read_json(place / "summary.json")["metrics"]
+        log.info("retrained with seed %d: %s", seed, _shown(metrics))
+        return {"seed": seed, "directory": str(place.relative_to(directory)), "metrics": metrics}
+
+    with ThreadPoolExecutor(len(slices)) as pool:
+        try:
+            runs = list(pool.map(train, seeds))
+        except BaseException:  # the executor waits for all threads, so let them end
+            stop.set()
+            raise
+    names = [name for name in runs[0]["metrics"] if name.startswith("test_")]
+    record = {
+        "trial": trial,
+        "config": "best.yaml",
+        "seeds": list(seeds),
+        "runs": runs,
+        "metrics": {name: mean_over_seeds([run["metrics"][name] for run in runs]) for name in names},
+    }
+    write_json(directory / "retrain.json", record)
+    return record
+
+
+def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and Student's 95 % interval of a metric over seeds; no interval of a single one."""
+    from scipy.stats import t
+
+    mean, count = math.fsum(values) / len(values), len(values)
+    if count < 2:
+        return {"mean": mean, "std": math.nan, "low": math.nan, "high": math.nan, "n": count}
+    spread = statistics.stdev(values)
+    half = float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
+    return {"mean": mean, "std": spread, "low": mean - half, "high": mean + half, "n": count}
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("test_"))

@@ -1,0 +1,161 @@
+"""What a process of the trial server does for a search: read fit configs, and be one rank of a trial."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_automl.callbacks import Heartbeat, TrialPruning, mode_of
+from lightning_automl.cli import AutoMLCLI
+from lightning_automl.models.cost import latency
+from lightning_automl.parser import adapt_jsonargparse
+from lightning_automl.process import keep_freed_memory, see_working_directory
+from lightning_automl.rundir import UserError, environment, read_json, summarise
+
+#: Objectives that are no metric of the network's outputs: the smaller the better.
+COSTS = ("parameters", "flops", "latency")
+
+
+class Channel(Protocol):
+    """The way to the process that owns the study."""
+
+    rank: int
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Tell something."""
+
+    def ask(self, message: dict[str, Any]) -> Any:
+        """Tell something and wait for the answer; on rank 0 only."""
+
+
+def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Do what ``payload["do"]`` says: ``resolve`` or ``check`` configs, or ``fit`` one."""
+    rank_zero_only.rank = channel.rank  # type: ignore[attr-defined]  # set when Lightning was imported, before this process was a rank
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    keep_freed_memory()
+    adapt_jsonargparse()
+    see_working_directory()
+    actions = {"resolve": _resolve, "check": _check, "fit": _fit}
+    return actions[payload["do"]](payload, channel)
+
+
+class _Reader(AutoMLCLI):
+    """Reads a fit config and builds nothing."""
+
+    def _check_directory(self, directory: Path, config: Any) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+    @classmethod
+    def resolved(cls, arguments: list[str]) -> dict[str, Any]:
+        """The whole config of a fit command line, as ``fit`` writes it into its directory."""
+        config: dict[str, Any] = yaml.safe_load(cls(["fit", *arguments]).dump())
+        return config
+
+
+def _resolve(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """The resolved config of ``arguments``, how many processes it takes, what is to be made small, and where we are."""
+    config = _Reader.resolved(payload["arguments"])
+    monitors = payload["monitors"] or [config["monitor"]]
+    directions = ["minimize" if name in COSTS or mode_of(name) == "min" else "maximize" for name in monitors]
+    if not payload["monitors"] and config.get("mode"):
+        directions = [f"{config['mode']}imize"]
+    return {
+        "config": config,
+        "monitors": monitors,
+        "directions": directions,
+        "ranks": _ranks(config["trainer"], payload["gpus"]),
+        "environment": environment(payload["seed"]),
+    }
+
+
+def _ranks(trainer: dict[str, Any], gpus: int) -> int:
+    """Processes of a run on a machine where it sees so many GPUs."""
+    if trainer["num_nodes"] != 1:
+        raise UserError(
+            f"the run has trainer.num_nodes={trainer['num_nodes']}, and a trial stays on one machine; start the same "
+            "search with one --storage on each of them"
+        )
+    if str(trainer["strategy"]).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(f"the run has trainer.strategy={trainer['strategy']}, which cannot be pruned; use ddp")
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return max(1, gpus) if trainer["accelerator"] != "cpu" else 1
+    return int(devices)
+
+
+def _check(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Read configs, the first mistake in which is raised."""
+    path = Path(payload["file"])
+    for config in payload["configs"]:
+        path.write_text(yaml.safe_dump(config))
+        _Reader.resolved(["--config", str(path)])
+    return {}
+
+
+class _Parent:
+    """A trial as :class:`TrialPruning` wants it, which is asked for over the channel."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._prune = False
+
+    def report(self, value: float, step: int) -> None:
+        """Tell a value and be told whether to stop."""
+        self._prune = bool(self._channel.ask({"report": value, "step": step}))
+
+    def should_prune(self) -> bool:
+        """Whether the newest report was answered by a stop."""
+        return self._prune
+
+
+class _Started(Callback):
+    """Tells when the first training step is done."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel: Channel | None = channel
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Tell it once."""
+        if self._channel is not None:
+            self._channel.send({"started": trainer.current_epoch})
+        self._channel = None
+
+
+def _fit(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Train in ``directory`` by the config that lies there, going on from its last checkpoint.
+
+    Returns:
+        On rank 0 ``status``, ``metrics`` (those of the best epoch, and the costs asked for) and ``history`` (the
+        watched metric by number of epochs done).
+    """
+    directory = Path(payload["directory"])
+    watching: list[Callback] = [Heartbeat(lambda: channel.send({"beat": True}))]
+    if channel.rank == 0:
+        watching.append(_Started(channel))
+    if payload["watch"]:
+        watching.append(TrialPruning(_Parent(channel) if channel.rank == 0 else None, payload["watch"]))
+    # Where the terminal of a search would see the same lines as trials/N/log.txt, they go to the file alone.
+    cli = AutoMLCLI(["fit", "--config", str(directory / "config.yaml"), "--dir", str(directory)], watching)
+    if channel.rank != 0:
+        return {}
+    summary = read_json(directory / "summary.json")
+    metrics = dict(summary["metrics"])
+    network = (read_json(directory / "environment.json") or {}).get("network", {})
+    metrics |= {name: network[name] for name in ("parameters", "flops") if name in network}
+    if "latency" in payload["costs"] and not cli.finished_before:
+        data: Any = cli.datamodule
+        metrics["latency"] = latency(getattr(cli.model, "model", cli.model), (data.channels, *data.image_size))
+        summarise(directory, "fit", summary["status"], metrics={"latency": metrics["latency"]})
+    with (directory / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if payload["watch"] and row.get(payload["watch"])]
+    history = [[int(float(row["epoch"])) + 1, float(row[payload["watch"]])] for row in rows]
+    return {"status": summary["status"], "metrics": metrics, "history": history}
