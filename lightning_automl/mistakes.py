@@ -36,7 +36,11 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
         return _unknown(found[1] or found[2], "key", _keys(parser))
     if found := re.search(r"File does not exist: '([^']+)'", text):
         return f"{keys}: the file {found[1]} does not exist"
-    if found := re.search(r"Option '([^']+)' is not accepted", text):
+    if found := re.search(r"Option '([^']+)' is not accepted(?:\. Got value: Namespace\(class_path='([^']+)')?", text):
+        if found[2]:  # of a class that is called later, as an optimizer
+            classes.append(found[2])
+        if not classes:
+            return _unknown(found[1], "key", _keys(parser))
         if classes[-1].startswith(("lightning.", "torch.nn.Module")) and found[1].split(".")[0] in _SPECIFICATION:
             return (
                 f"{keys} takes class_path and init_args and nothing beside them; look for a misspelt or misplaced key"
@@ -48,7 +52,9 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
         return f"{keys}: several classes have this name; give the full path, one of {found[1]}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
         return f"{keys}: {found[1]} is not a {found[2]}; known: {', '.join(_names_below(found[2]))}"
-    if found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text):
+    if (classes or keys) and (
+        found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text)
+    ):
         return f"{keys}: class_path {classes[-1] if classes else ''} cannot be imported: {found[1]}"
     if found := re.search(r"arguments are required: (.+)", text):
         whose = f" of {classes[-1].rsplit('.', 1)[-1]}" if classes else ""

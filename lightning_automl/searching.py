@@ -43,7 +43,7 @@ from lightning_automl.rundir import (
 from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.pruners import check_pruner, hyperband_sentence
 from lightning_automl.search.records import best_trials
-from lightning_automl.search.samplers import PopulationSampler
+from lightning_automl.search.samplers import GroupwiseSampler, PopulationSampler
 from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import open_storage
 from lightning_automl.search.study import StudyFailed, derived_seed, open_study, search
@@ -147,12 +147,19 @@ class Search:
         for key in ("trials", "epochs"):
             if given[key] is not None and given[key] < 1:
                 raise UserError(f"{key} is {given[key]}; it must be 1 or more")
+        for each in _as_list(given.direction):
+            if each not in ("minimize", "maximize"):
+                raise UserError(f"unknown direction {each!r}; known: minimize, maximize")
         self.timeout = seconds_of("timeout", given.timeout)
         self.silence = seconds_of("hang_timeout", given.hang_timeout)
         self.limit = seconds_of("trial_timeout", given.trial_timeout)
         if isinstance(given.space, str):
             given.space = _space_of(_beside(given.space, files, "space"))
         self.space = Space.parse(_plain(given.space))
+        for values in _plain(given.enqueue or []):
+            self.space.encode(values)  # refuses what is not of the space
+        if not self._limited():
+            raise UserError("a search needs a limit; give trials, epochs or timeout")
         self.name = given.name or (files[-1].stem if files else "search")
         self.run_arguments = self._run_arguments(files)
 
@@ -176,6 +183,7 @@ class Search:
         self.directory = scratch if self.dry else self._claim()
         if not self.dry:
             log_to(self.directory / "log.txt")
+            self.storage, self.url = open_storage(given.storage, self.directory)
         monitors = _as_list(given.monitor)
         resolved = self._ask(
             scratch,
@@ -247,12 +255,7 @@ class Search:
             return by_name
         if len(given) != len(self.monitors):
             raise UserError(f"direction has {len(given)} values for {len(self.monitors)} monitors; give one for each")
-        short = {"min": "minimize", "max": "maximize"}
-        directions = [short.get(each, each) for each in given]
-        for each in directions:
-            if each not in short.values():
-                raise UserError(f"unknown direction {each!r}; known: minimize, maximize")
-        return directions
+        return given
 
     def _sampler(self, seed: int) -> BaseSampler:
         """The sampler of the config, with the seed, the grid and the length of a run filled in."""
@@ -269,6 +272,8 @@ class Search:
                 if self._is(PopulationSampler):
                     return PopulationSampler(total=self.base["trainer"]["max_epochs"], **arguments)
                 built: BaseSampler = self.parser.instantiate_classes(_namespace(sampler=spec)).sampler
+                if isinstance(built, GroupwiseSampler):
+                    built.check(list(self.space.parameters))
             except Exception as error:
                 raise _refused("sampler", error) from error
             return built
@@ -332,11 +337,10 @@ class Search:
     def _search(self) -> None:
         given = self.given
         started = time.monotonic()
-        storage, url = open_storage(given.storage, self.directory)
         run = {key: value for key, value in flatten(self.base).items() if key not in _LOCAL}
         study, _ = open_study(
             self.name,
-            storage,
+            self.storage,
             self.directions,
             self.sampler,
             self.pruner,
@@ -354,9 +358,7 @@ class Search:
         ):
             others = any(trial.state == TrialState.RUNNING for trial in study.get_trials(deepcopy=False))
             study.sampler = self._sampler(derived_seed(given.seed, existing, str(os.getpid()) if others else ""))
-        if not self._limited():
-            raise UserError("a search needs a limit; give trials, epochs or timeout")
-        log.info("study %r in %s", self.name, url)
+        log.info("study %r in %s", self.name, self.url)
         log.info("%s", self._plan(existing))
         score = FitTrials(
             self.server,
@@ -370,7 +372,7 @@ class Search:
             limit=self.limit,
         )
         files = StudyFiles(
-            study, self.configs, self.directory, self.monitors, self.record(), url, self._expected_trials()
+            study, self.configs, self.directory, self.monitors, self.record(), self.url, self._expected_trials()
         )
         try:
             with files:

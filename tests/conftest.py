@@ -1,5 +1,6 @@
 """What tests share: the command line, drawn data, and finished runs, which are made once and never changed."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,21 @@ def command(capfd, monkeypatch, tmp_path):
 def fit(command):
     """`fit` the digits for two batches; further keys follow."""
     return lambda *arguments: command("fit", "--config", DIGITS, *SHORT, *arguments)
+
+
+@pytest.fixture(scope="session")
+def _server():
+    from lightning_automl.search.trials import TrialServer
+    from lightning_automl.studies.runs import RANK
+
+    with TrialServer(RANK) as server:
+        yield server
+
+
+@pytest.fixture
+def warm_server(_server, monkeypatch):
+    """Let the command `search` in this process use one trial server, whose start costs more than most tests."""
+    monkeypatch.setattr("lightning_automl.searching.TrialServer", lambda call: contextlib.nullcontext(_server))
 
 
 @pytest.fixture

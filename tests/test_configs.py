@@ -20,7 +20,7 @@ def draw_folder(path):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz, tmp_path):
+def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz, warm_server, tmp_path):
     line = config.read_text().splitlines()[0]
     program, *arguments = shlex.split(line.removeprefix("# "))
     assert program == "lightning-automl"
@@ -35,6 +35,16 @@ def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz,
             arguments[index] = str(make_npz(tmp_path / argument, classes, channels, side, counts))
     if "--dir" not in arguments:
         arguments += ["--dir", "run"]
-    answer = command(*arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    if arguments[0] == "search":
+        small = (
+            "--run.trainer.max_epochs=1",
+            "--run.trainer.limit_train_batches=2",
+            "--run.data.init_args.batch_size=8",
+        )
+        if "PopulationSampler" in config.read_text():
+            small += ("--sampler.init_args.ready=1",)
+        answer = command(*arguments, *small, "--trials=2")
+    else:
+        answer = command(*arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
     assert answer.status == 0, answer.err
     assert (tmp_path / arguments[arguments.index("--dir") + 1] / "summary.json").exists()

@@ -5,7 +5,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_automl"
 FLOOR = {
-    **{"cli": 5, "auto": 4, "results": 3, "studies": 3, "tasks": 2, "search": 2, "data": 2, "callbacks": 2, "models": 1},
+    **{
+        "cli": 5,
+        "auto": 4,
+        "results": 3,
+        "studies": 3,
+        "tasks": 2,
+        "search": 2,
+        "data": 2,
+        "callbacks": 2,
+        "models": 1,
+    },
     **{"adapters": 1, "losses": 1, "augment": 1, "metrics": 1, "plots": 1},
     **{"rundir": 0, "image_files": 0, "mistakes": 0, "__version__": 0},
 }

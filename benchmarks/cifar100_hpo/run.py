@@ -75,7 +75,11 @@ def _run(letter: str, seed: int, small: bool, arguments: argparse.Namespace) -> 
         }
         network = "model.init_args.model.init_args"
         overrides |= {f"{network}.filters": "[32,32,32,32]", f"{network}.kernels": "[3,3,3,3]"}
-        overrides |= {f"{network}.pools": "[max,max,none,none]", f"{network}.units": "[128,128]", f"{network}.n_conv": 3}
+        overrides |= {
+            f"{network}.pools": "[max,max,none,none]",
+            f"{network}.units": "[128,128]",
+            f"{network}.n_conv": 3,
+        }
         config["epochs"] = arguments.epochs
         space = _narrower(space)
         if letter == "E":
@@ -83,7 +87,11 @@ def _run(letter: str, seed: int, small: bool, arguments: argparse.Namespace) -> 
     config["space"] = space
     place = arguments.work / f"{letter}-{seed}"
     record = search(
-        config, place, f"--workers={arguments.workers}", "--retrain=3", *(f"--run.{k}={v}" for k, v in overrides.items())
+        config,
+        place,
+        f"--workers={arguments.workers}",
+        "--retrain=3",
+        *(f"--run.{k}={v}" for k, v in overrides.items()),
     )
     totals = record["totals"]
     retrained = json.loads((place / "retrain.json").read_text())

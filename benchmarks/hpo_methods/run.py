@@ -62,7 +62,9 @@ class Digits:
     def __init__(self, seed: int) -> None:
         images, labels = load_digits(return_X_y=True)
         tensors = [torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)]
-        train, val = train_test_split(np.arange(len(labels)), train_size=300, test_size=1000, random_state=0, stratify=labels)
+        train, val = train_test_split(
+            np.arange(len(labels)), train_size=300, test_size=1000, random_state=0, stratify=labels
+        )
         self.train = [tensor[train] for tensor in tensors]
         self.val = [tensor[val] for tensor in tensors]
         self.seed = seed
@@ -96,7 +98,11 @@ class Digits:
                 self.curve.append([self.epochs, accuracy])
             if candidate.report(epoch + 1, accuracy) and epoch + 1 < until:
                 raise optuna.TrialPruned
-        self.states[candidate.number] = until, copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+        self.states[candidate.number] = (
+            until,
+            copy.deepcopy(network.state_dict()),
+            copy.deepcopy(optimizer.state_dict()),
+        )
         return best
 
     def _epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
@@ -165,7 +171,11 @@ def main() -> None:
             }
         )
         print(summary[-1])
-    print(results.write(HERE, "digits", summary, studies=rows, budget=arguments.budget, epochs=arguments.epochs, space=SPACE))
+    print(
+        results.write(
+            HERE, "digits", summary, studies=rows, budget=arguments.budget, epochs=arguments.epochs, space=SPACE
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def main() -> None:
                 "trainer.accelerator": "cpu",
             }
             record = search(
-                config, arguments.work / f"{name}-{seed}", "--workers=2", *(f"--run.{k}={v}" for k, v in overrides.items())
+                config,
+                arguments.work / f"{name}-{seed}",
+                "--workers=2",
+                *(f"--run.{k}={v}" for k, v in overrides.items()),
             )
             totals = record["totals"]
             rows.append(

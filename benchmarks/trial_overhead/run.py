@@ -42,50 +42,96 @@ def main() -> None:
         for ranks, bound in ((1, 1.5), (2, 4.0)):
             seconds = _starts(server, base, Path(work) / f"ranks{ranks}", ranks, arguments.repeats)
             rows.append(
-                {"what": f"first step, {ranks} rank(s), warm", "median": statistics.median(seconds), "bound": bound,
-                 "least": min(seconds), "most": max(seconds), "repeats": len(seconds)}
+                {
+                    "what": f"first step, {ranks} rank(s), warm",
+                    "median": statistics.median(seconds),
+                    "bound": bound,
+                    "least": min(seconds),
+                    "most": max(seconds),
+                    "repeats": len(seconds),
+                }
             )
             print(rows[-1])
         fresh = [_fresh(Path(work) / f"fresh{turn}") for turn in range(3)]
-        rows.append({"what": "first step, 1 rank, fresh interpreter", "median": statistics.median(fresh),
-                     "least": min(fresh), "most": max(fresh), "repeats": len(fresh)})
+        rows.append(
+            {
+                "what": "first step, 1 rank, fresh interpreter",
+                "median": statistics.median(fresh),
+                "least": min(fresh),
+                "most": max(fresh),
+                "repeats": len(fresh),
+            }
+        )
         print(rows[-1])
         rates: dict[int, list[float]] = {1: [], 2: []}
         for turn in range(3):  # alternating
             for workers in (1, 2):
                 rates[workers].append(_rate(server, base, Path(work) / f"rate{turn}-{workers}", workers, 8))
         for workers, values in rates.items():
-            rows.append({"what": f"trials a minute, {workers} worker(s) of one thread", "median": statistics.median(values),
-                         "least": min(values), "most": max(values), "repeats": len(values)})
+            rows.append(
+                {
+                    "what": f"trials a minute, {workers} worker(s) of one thread",
+                    "median": statistics.median(values),
+                    "least": min(values),
+                    "most": max(values),
+                    "repeats": len(values),
+                }
+            )
         ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
-        rows.append({"what": "two workers against one", "median": statistics.median(ratios), "least": min(ratios),
-                     "most": max(ratios), "repeats": len(ratios), "bound": 1.7})
+        rows.append(
+            {
+                "what": "two workers against one",
+                "median": statistics.median(ratios),
+                "least": min(ratios),
+                "most": max(ratios),
+                "repeats": len(ratios),
+                "bound": 1.7,
+            }
+        )
         print(rows[-1])
     print(results.write(HERE, "digits", rows, config_file=CONFIG))
 
 
 def _resolved(server: TrialServer, work: Path) -> dict[str, Any]:
     ending = server.run(
-        {"do": "resolve", "arguments": ["--config", CONFIG, "--trainer.accelerator", "cpu"], "monitors": [], "gpus": 0,
-         "seed": 0},
-        ranks=1, threads=1, log=work / "resolve.txt", environment={}, on_message=lambda message: None, silence=None,
-        timeout=None, stop=None,
+        {
+            "do": "resolve",
+            "arguments": ["--config", CONFIG, "--trainer.accelerator", "cpu"],
+            "monitors": [],
+            "gpus": 0,
+            "seed": 0,
+        },
+        ranks=1,
+        threads=1,
+        log=work / "resolve.txt",
+        environment={},
+        on_message=lambda message: None,
+        silence=None,
+        timeout=None,
+        stop=None,
     )
     assert ending.result is not None, ending.reason
     base: dict[str, Any] = ending.result["config"]
     return base
 
 
-def _study(server: TrialServer, base: dict[str, Any], place: Path, ranks: int, workers: int, epochs: int,
-           trials: int) -> tuple[optuna.Study, dict[int, float]]:
+def _study(
+    server: TrialServer, base: dict[str, Any], place: Path, ranks: int, workers: int, epochs: int, trials: int
+) -> tuple[optuna.Study, dict[int, float]]:
     """Run a small study; return it and when the first step of each trial was done."""
     place.mkdir()
     base = base | {"trainer": base["trainer"] | {"max_epochs": epochs, "devices": ranks}}
     space = Space.parse(SPACE)
     storage, _ = open_storage(None, place)
     study, _ = open_study("overhead", storage, ["maximize"], optuna.samplers.TPESampler(seed=0), None, space=space)
-    score = FitTrials(server, TrialConfigs(base, space, "val_accuracy", "maximize", place), place, ["val_accuracy"],
-                      [Slice((), 1)] * workers, ranks)
+    score = FitTrials(
+        server,
+        TrialConfigs(base, space, "val_accuracy", "maximize", place),
+        place,
+        ["val_accuracy"],
+        [Slice((), 1)] * workers,
+        ranks,
+    )
     started: dict[int, float] = {}
     score.on_started = lambda number: started.setdefault(number, time.time())
     search(study, space, score, trials=trials, workers=workers, directory_of=directory_of)
@@ -119,8 +165,12 @@ def _fresh(place: Path) -> float:
         "AutoMLCLI(['fit', '--config', sys.argv[1], '--dir', sys.argv[2]], [First()])\n"
     )
     start = time.time()
-    found = subprocess.run([sys.executable, "-c", code, CONFIG, str(place)], capture_output=True, text=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = subprocess.run(
+        [sys.executable, "-c", code, CONFIG, str(place)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return float(found.stdout.split("STARTED")[1].split()[0]) - start
 
 

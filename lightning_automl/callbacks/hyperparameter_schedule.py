@@ -159,17 +159,22 @@ def _checked(segment: Any) -> Segment:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(name, each) for each in value]
-    for kind in (bool, int, float):  # of numpy's numbers only float64 is one of them
-        if isinstance(value, kind):
+    for kind in (int, float):  # numpy's float64 is one, and no checkpoint without pickle holds it
+        if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
-    raise UserError(f"{name} is {value!r}; a segment sets numbers, truth values and lists of them")
+    raise UserError(f"{name} is {value!r}; a segment sets numbers and lists of numbers")
 
 
 def _check_value(optimizer: Optimizer, name: str, value: Any) -> None:
     for group in optimizer.param_groups:
-        known = sorted(group.keys() - {"params", "initial_lr"})
+        known = sorted(key for key in group if key not in ("params", "initial_lr") and _is_number(group[key]))
         if name not in known:
             raise UserError(f"{type(optimizer).__name__} has no {name!r} to set; known: {', '.join(known)}")
         pair = isinstance(group[name], tuple | list)
         if pair != isinstance(value, list) or (pair and len(value) != len(group[name])):
             raise UserError(f"{name} is {value!r}, but {type(optimizer).__name__} has {group[name]!r}; give the like")
+
+
+def _is_number(value: Any) -> bool:
+    # Switches (amsgrad, fused, …) decide what state an optimizer keeps and cannot be turned in the middle of a run.
+    return isinstance(value, int | float | tuple | list | Tensor) and not isinstance(value, bool)

@@ -76,7 +76,7 @@ class TrialPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The reports so far, and the metrics of a validation within the epoch."""
-        return {"reported": self.reported, "fresh": self._fresh}
+        return {"reported": list(self.reported), "fresh": self._fresh}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the reports of the run that is continued."""

@@ -40,7 +40,7 @@ def intermediate_values(
         best: Place in ``curves`` of the best trial, drawn last and thick.
 
     Returns:
-        The figure. Its upward axis shows where most trials end, and the best values; the beginnings of lines may lie beyond.
+        The figure. Its upward axis shows where most trials end, and the best values; lines may begin beyond.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

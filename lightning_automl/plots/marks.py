@@ -75,7 +75,7 @@ class ValueScale:
         sign = 1 if maximize else -1
         main, every = (sign * (np.log10(each) if log else each) for each in (main, every))  # more is better now
         best, end = every.max(), every.min()
-        middle = best if not len(main) else np.median(main)
+        middle = np.median(main if len(main) else every)
         far = min(best + 3 * (middle - best), np.quantile(every, 1 - shown))
         end = max(end, far) if far < best else end
         free = margin * (best - end) or margin * abs(best) or margin
@@ -99,7 +99,8 @@ class ValueScale:
         given, low, high = np.asarray(values, float), self.low, self.high
         if self.log:
             given, low, high = np.log(given), math.log(low), math.log(high)
-        return np.asarray(np.clip((given - low) / (high - low), 0, 1))
+        shares: NDArray[np.float64] = np.clip((given - low) / (high - low), 0, 1)
+        return shares
 
     def contains(self, value: float) -> bool:
         """Whether a value is in the picture."""
@@ -113,5 +114,4 @@ class ValueScale:
 
 
 def _finite(values: Sequence[float]) -> NDArray[np.float64]:
-    given = np.asarray(values, float)
-    return given[np.isfinite(given)]
+    return np.asarray([value for value in values if math.isfinite(value)], np.float64)

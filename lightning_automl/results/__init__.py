@@ -1,9 +1,10 @@
-"""What one does with a run directory: report, export, classify. Importing it imports neither torch nor lightning."""
+"""What one does with a run or a study: report, export, classify. Importing it imports neither torch nor lightning."""
 
 from lightning_automl.results.classify import classify
 from lightning_automl.results.export import export
 from lightning_automl.results.predictor import Predictor
 from lightning_automl.results.report import report
 from lightning_automl.results.run import Predictions, Run
+from lightning_automl.results.study import StudyRecord
 
-__all__ = ["Predictions", "Predictor", "Run", "classify", "export", "report"]
+__all__ = ["Predictions", "Predictor", "Run", "StudyRecord", "classify", "export", "report"]

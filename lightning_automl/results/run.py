@@ -114,6 +114,11 @@ def _config(directory: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; give the --dir of a fit") from error
+    if isinstance(config, dict) and "space" in config and "model" not in config:
+        raise UserError(
+            f"{directory} is the directory of a search; give that of a run, as {directory}/trials/0000, or the --dir "
+            f"of fit --config {directory}/best.yaml"
+        )
     if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
         raise UserError(f"{path} is not the config of a run: it has no 'model' and 'trainer'; give the --dir of a fit")
     return config

@@ -294,6 +294,9 @@ def _settle(rank: int, ranks: int, request: dict[str, Any]) -> None:
         os.environ.update({"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "trial"})
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(request["threads"])
+    if "lightning_utilities.core.rank_zero" in sys.modules:
+        # Lightning asked the environment for it when it was imported, and that was before the fork.
+        sys.modules["lightning_utilities.core.rank_zero"].rank_zero_only.rank = rank
 
 
 def last_words(error: BaseException) -> dict[str, str]:

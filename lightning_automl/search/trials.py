@@ -303,6 +303,7 @@ class _Group:
     """One try of a trial, from the request until its processes are gone."""
 
     def __init__(self, ranks: int, on_message: Callable[[dict[str, Any]], Any]) -> None:
+        assert ranks >= 1, f"a trial of {ranks} processes"
         self.on_message = on_message
         self.control, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ranks = [_Rank(number, *socket.socketpair()) for number in range(ranks)]
@@ -336,7 +337,7 @@ class _Group:
         """Ask the server for the ranks. Whether it could be asked."""
         request = {**request, "port": free_port()}
         with contextlib.ExitStack() as stack:
-            # In memory that the server then maps to the same pages: no message is too long, and nobody waits.
+            # A file in memory: whatever its size, the request is there as a whole and nobody waits for its reader.
             memory = stack.enter_context(os.fdopen(os.memfd_create("trial"), "w+b"))
             memory.write(json.dumps(request).encode())
             memory.seek(0)

@@ -77,7 +77,7 @@ class TrialConfigs:
         config["trainer"]["enable_progress_bar"] = False
         arguments = (config.get("data") or {}).get("init_args") or {}
         if arguments.get("cache") == "auto":
-            arguments["cache"] = str(self.directory / "cache")
+            arguments["cache"] = str(self.directory.resolve() / "cache")
         return config
 
     def _optimizer_values(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def retrain(
             own = free.get()
             try:
                 ending = server.run(
-                    {"do": "fit", "directory": str(place), "watch": None, "costs": []},
+                    {"do": "fit", "directory": str(place.resolve()), "watch": None, "costs": []},
                     ranks=ranks,
                     threads=own.threads,
                     log=place / "output.txt",

@@ -171,7 +171,7 @@ class FitTrials:
         ending = self.server.run(
             {
                 "do": "fit",
-                "directory": str(place),
+                "directory": str(place.resolve()),
                 "watch": self.configs.watch,
                 "costs": [name for name in self.monitors if name in COSTS],
             },

@@ -163,7 +163,7 @@ def test_fit_raises_when_the_trial_is_pruned_after_everybody_else_has_ended(inte
         val_check_interval=interval,
         **QUIET,
     )
-    with pytest.raises(optuna.TrialPruned, match="pruned after 2 epochs with val_accuracy 0.2"):
+    with pytest.raises(optuna.TrialPruned, match=r"pruned after 2 epochs with val_accuracy 0\.2"):
         trainer.fit(Scripted(numbers), DigitsDataModule())
     assert callback.pruned
     assert trial.reports == [(1, 0.1), (2, 0.2)]
@@ -362,24 +362,29 @@ def pruner():
     return optuna.pruners.MedianPruner(n_startup_trials=1)
 
 
-def train_on_ranks(trial, numbers, **others):
-    """One training on two ranks: what came of it on this one."""
-    counter = Counter()
-    task = Scripted(numbers, **others)
-    callback = TrialPruning(trial, monitor="val_accuracy")
-    trainer = Trainer(
+def good_trial():
+    return optuna.trial.create_trial(value=0.9, intermediate_values={1: 0.1, 2: 0.9, 3: 0.9})
+
+
+def trainer_of_two(*callbacks, epochs):
+    return Trainer(
         devices=2,
         accelerator="cpu",
         strategy="ddp",
-        max_epochs=len(numbers),
+        max_epochs=epochs,
         limit_train_batches=1,
         limit_val_batches=1,
-        callbacks=[callback, counter],
+        callbacks=list(callbacks),
         **QUIET,
     )
+
+
+def train_on_ranks(trial, numbers, **others):
+    """One training on two ranks: what came of it on this one."""
+    callback, counter = TrialPruning(trial, monitor="val_accuracy"), Counter()
     error = ""
     try:
-        trainer.fit(task, DigitsDataModule())
+        trainer_of_two(callback, counter, epochs=len(numbers)).fit(Scripted(numbers, **others), DigitsDataModule())
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     return {"pruned": callback.pruned, "epochs": counter.epochs, "ends": counter.ends, "error": error}
@@ -396,8 +401,9 @@ def on_rank(rank):
     found = {}
     study = None
     if first:
-        study = optuna.create_study(direction="maximize", pruner=pruner())
-        study.add_trial(optuna.trial.create_trial(value=0.9, intermediate_values={1: 0.1, 2: 0.9, 3: 0.9}))
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("study.log"))
+        study = optuna.create_study(storage=storage, direction="maximize", pruner=pruner())
+        study.add_trial(good_trial())
     trial = study.ask() if first else None
     found["optuna"] = train_on_ranks(trial, [0.2, 0.3, 0.4])
     if first:
@@ -424,18 +430,17 @@ def in_users_script(url):
     """What a user's script does, which Lightning starts once more for the second rank."""
 
     def train(trial):
-        found = train_on_ranks(trial, [0.2, 0.3, 0.4])
-        Path(f"rank{int(trial is None)}.json").write_text(json.dumps(found))
-        if found["error"].startswith("TrialPruned"):
-            raise optuna.TrialPruned
-        assert not found["error"]
-        return 0.4
+        callback, counter = TrialPruning(trial, monitor="val_accuracy"), Counter()
+        trainer = trainer_of_two(callback, counter, epochs=3)
+        try:
+            trainer.fit(Scripted([0.2, 0.3, 0.4]), DigitsDataModule())
+        finally:
+            Path(f"rank{trainer.global_rank}.json").write_text(json.dumps([callback.pruned, counter.epochs]))
+        return float(trainer.callback_metrics["val_accuracy"])
 
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        storage = url
-        if not url.startswith("sqlite"):
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(url))
-        optuna.load_study(study_name="s", storage=storage, pruner=pruner()).optimize(train, n_trials=1)
+        study = optuna.load_study(study_name="s", storage=url, pruner=pruner())
+        study.optimize(train, n_trials=1)
     else:
         train(None)
 
@@ -519,20 +524,16 @@ def test_of_values_that_differ_between_ranks_the_mean_is_reported_and_told_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_a_users_script_that_lightning_starts_again_for_rank_1_prunes_once(kind, tmp_path):
-    url = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else str(tmp_path / "study.log")
-    storage = url
-    if kind == "journal":
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(url))
-    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
-    study.add_trial(optuna.trial.create_trial(value=0.9, intermediate_values={1: 0.1, 2: 0.9, 3: 0.9}))
+def test_a_users_script_that_lightning_starts_again_for_rank_1_prunes_once(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(study_name="s", storage=url, direction="maximize")
+    study.add_trial(good_trial())
     command = [sys.executable, __file__, "script", url]
     ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert [(rank["pruned"], rank["epochs"]) for rank in ranks] == [(True, 2), (True, 2)]
-    study = optuna.load_study(study_name="s", storage=storage)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [True, 2]
+    study = optuna.load_study(study_name="s", storage=url)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
     assert study.trials[1].intermediate_values == pytest.approx({1: 0.2, 2: 0.3})
     assert study.trials[1].value == pytest.approx(0.3)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from lightning_automl.metrics import SCORES, clopper_pearson
 from lightning_automl.results import Run, report
-from lightning_automl.results.report import Evidence
+from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.sections import SECTIONS, verdict
 from lightning_automl.rundir import write_json
 
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr("lightning_automl.results.sections._DRAWS", 200)
+    monkeypatch.setattr("lightning_automl.results.sections.scoring.DRAWS", 200)
 
 
 def page_of(directory):

@@ -125,14 +125,14 @@ def wait_for(channel, path, pause):
 
 def take_port(channel, taken):
     """As torch does when the port of the rendezvous is taken: so often, counted in a file."""
+    if channel.rank > 0:
+        return None
     file = Path(taken)
-    tries = int(file.read_text()) if file.exists() else 0
-    if channel.rank == 0:
-        file.write_text(str(tries + 1))
-        if tries < 2:
-            raise RuntimeError(f"port: {os.environ['MASTER_PORT']}, name: EADDRINUSE, message: address already in use")
-        return {"tries": tries + 1, "port": os.environ["MASTER_PORT"]}
-    return None
+    tries = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(str(tries))
+    if tries < 3:
+        raise RuntimeError(f"port: {os.environ['MASTER_PORT']}, name: EADDRINUSE, message: address already in use")
+    return {"tries": tries, "port": os.environ["MASTER_PORT"]}
 
 
 def measure(channel, text):

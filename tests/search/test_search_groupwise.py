@@ -2,7 +2,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.pruners import HyperbandPruner, NopPruner
-from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from lightning_automl.rundir import UserError
@@ -74,8 +74,19 @@ def test_running_failed_and_pruned_trials_count_and_lost_and_waiting_ones_do_not
         lost = study.ask(dict(SPACE))
         lost.set_user_attr("lost", True)
         study.tell(lost, state=TrialState.FAIL)
-    assert told(study, 1.0).user_attrs["group"] == 0
+    study.enqueue_trial({"lr": 0.5})
+    other = optuna.Trial(study, study._storage.create_new_trial(study._study_id))  # asked before the waiting one
+    assert other.user_attrs["group"] == 0
+    study.ask(dict(SPACE))
     assert told(study, 1.0).user_attrs["group"] == 1
+
+
+def test_a_second_trial_object_of_the_same_trial_does_not_change_what_it_is_fixed_to():
+    study = open_study()
+    told(study, 1.0)
+    running = study.ask(dict(SPACE))
+    told(study, 0.5)
+    assert optuna.Trial(study, running._trial_id).user_attrs == running.user_attrs == {"group": 0, "fixed_to": 0}
 
 
 def test_a_trial_keeps_its_best_trial_while_others_finish():
@@ -176,10 +187,27 @@ def test_the_default_sampler_is_tpe_with_the_seed():
     assert first[0].params != other[0].params
 
 
+class Noting(RandomSampler):
+    def __init__(self):
+        super().__init__(seed=0)
+        self.noted = []
+
+    def before_trial(self, study, trial):
+        self.noted.append(("before", trial.number))
+
+    def after_trial(self, study, trial, state, values):
+        self.noted.append(("after", trial.number, state, values))
+
+    def reseed_rng(self):
+        self.noted.append("reseeded")
+
+
 def test_the_sampler_within_is_told_about_its_trials():
-    study = open_study(sampler=NSGAIISampler(population_size=2, seed=0))
-    scored(study, 8)
-    assert any("NSGAIISampler:generation" in key for trial in study.trials for key in trial.system_attrs)
+    sampler = Noting()
+    study = open_study(sampler=sampler)
+    told(study, 0.5)
+    study.sampler.reseed_rng()
+    assert sampler.noted == [("before", 0), ("after", 0, TrialState.COMPLETE, [0.5]), "reseeded"]
 
 
 def test_a_parameter_in_no_group_is_refused_when_it_is_seen():

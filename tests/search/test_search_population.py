@@ -1,3 +1,4 @@
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -358,6 +359,29 @@ def test_a_waiting_repetition_alone_makes_a_trial_wanted():
     assert running.user_attrs["member"] == 0
 
 
+def test_nobody_else_takes_the_member_of_a_repetition_that_is_about_to_begin():
+    study = open_study(population())
+    lost = fail(study, lost=True)
+    study.enqueue_trial(lost.params, user_attrs={"retry_of": lost.number})
+    other = optuna.Trial(
+        study, study._storage.create_new_trial(study._study_id)
+    )  # the waiting one is not asked for yet
+    assert other.user_attrs["member"] == 1
+    assert study.ask(SPACE).user_attrs["member"] == 0
+
+
+def test_the_segments_of_all_brackets_of_hyperband_are_seen():
+    sampler = population(total=6)
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.HyperbandPruner(1, 9, 3), study_name="brackets")
+    trial = study.ask(SPACE)
+    trial.report(0.0, 1)
+    trial.should_prune()  # makes the brackets
+    study.tell(trial, 0.0)
+    for _ in range(14):
+        told(study, 0.0)
+    assert sampler.finished(study)
+
+
 def test_trials_of_another_sampler_are_nobodys():
     study = open_study(population())
     study.add_trial(optuna.create_trial(value=99.0, params={"h0": 0.5}, distributions={"h0": SPACE["h0"]}))
@@ -367,7 +391,7 @@ def test_trials_of_another_sampler_are_nobodys():
 
 def test_a_first_failure_is_repeated_and_a_second_one_exploits_with_new_values():
     study = open_study(population())
-    for value in (9.0, 5.0, 6.0, 7.0, 8.0):
+    for value in (9.0, 6.0, 5.0, 7.0, 8.0):  # member 1 is not among the worst fifth
         told(study, value)
     told(study, 9.5)
     first, second, third, fourth = (fail(study) for _ in range(4))
@@ -396,6 +420,20 @@ def test_the_best_member_that_cannot_go_on_varies_its_own_values():
     trial = told(study, 9.0)
     assert place(trial)[:4] == (0, 0, None, 4)
     assert trial.params != trials_of(study)[0].params
+
+
+def test_the_middle_of_three_neither_exploits_nor_is_taken_over_at_one_half():
+    study = open_study(population(population=3, total=4, bottom=0.5, top=0.5))
+    for value in (1.0, 3.0, 2.0):
+        told(study, value)
+    assert [told(study, 0.0).user_attrs.get("donor") for _ in range(3)] == [1, None, None]
+
+
+def test_seven_hundredths_of_a_hundred_are_seven():
+    study = open_study(population(population=100, total=4, bottom=0.07))  # 0.07 * 100 is 7.000000000000001
+    for value in range(100):
+        told(study, float(value))
+    assert sum("donor" in told(study, 0.0).user_attrs for _ in range(100)) == 7
 
 
 def test_members_with_equal_values_leave_each_other_alone():
@@ -436,9 +474,18 @@ def test_a_new_trial_is_wanted_only_while_a_member_waits():
     assert not sampler.wanted(study)
 
 
+class SlowStorage(optuna.storages.InMemoryStorage):
+    """Between reading the trials and noting what follows from them others have time to read the same."""
+
+    def get_all_trials(self, *arguments, **options):
+        trials = super().get_all_trials(*arguments, **options)
+        time.sleep(0.001)
+        return trials
+
+
 def test_threads_never_train_the_same_segment_twice():
     sampler = PopulationSampler(population=6, total=5)
-    study = open_study(sampler)
+    study = open_study(sampler, storage=SlowStorage())
 
     def work(_):
         while not sampler.finished(study):
@@ -448,9 +495,20 @@ def test_threads_never_train_the_same_segment_twice():
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(work, range(6)))
-    assert sampler.finished(study)
     own = [place(trial)[0:1] + place(trial)[3:4] for trial in trials_of(study) if "member" in trial.user_attrs]
     assert sorted(own) == [(member, until) for member in range(6) for until in range(1, 6)]
+
+
+def test_a_segment_may_have_a_smaller_number_than_the_one_before_it():
+    study = open_study(population(population=2, total=4))
+    held_up = study._storage.create_new_trial(study._study_id)  # a thread between its number and its plan
+    for value in (2.0, 1.0):
+        told(study, value)
+    trial = optuna.Trial(study, held_up)
+    assert (trial.number, trial.user_attrs["member"], trial.user_attrs["parent"]) == (0, 0, 1)
+    study.tell(trial, 3.0)
+    assert place(told(study, 0.0))[:2] == (1, 1)
+    assert study.sampler.finished(study)
 
 
 def test_of_two_trials_that_took_the_same_segment_the_first_counts():

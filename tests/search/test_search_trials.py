@@ -528,6 +528,22 @@ def test_a_class_beside_the_caller_is_found_by_the_server(tmp_path, monkeypatch)
         assert Trials(server, tmp_path)(["back"]).result == {"lives": [["back"]]}
 
 
+def test_lightning_knows_the_rank_although_it_was_imported_before_there_were_ranks(tmp_path):
+    (tmp_path / "lit.py").write_text("""
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+rank_zero_only.rank = 0  # as Lightning does when it is imported
+
+def life(payload, channel):
+    channel.send({"rank": channel.rank, "known": rank_zero_only.rank})
+""")
+    with TrialServer("lit:life", {"PYTHONPATH": str(tmp_path)}) as server:
+        run = Trials(server, tmp_path)
+        assert run([], []).kind == "done"
+    assert sorted(each["known"] for each in run.messages) == [0, 1]
+    assert all(each["known"] == each["rank"] for each in run.messages)
+
+
 def test_a_convolution_with_two_threads_works_after_the_fork(torch_server, tmp_path):
     keys = {"ranks": 1, "log": tmp_path / "log.txt", "on_message": print, "timeout": 120}
     for threads in (1, 2):

@@ -8,6 +8,7 @@ import math
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ class PopulationSampler(BaseSampler):
     number counts.
 
     Optuna expects a trial from every ask: when no member waits for a segment (see :meth:`wanted`), it has random
-    values, none of the attributes, and is ignored afterwards.
+    values, none of the attributes, and is ignored afterwards. So threads ask :meth:`wanted` and for the trial under one
+    lock.
 
     Args:
         population: Number of members, at least 2.
@@ -262,13 +264,16 @@ class PopulationSampler(BaseSampler):
 
     def _segments(self, trials: Sequence[FrozenTrial]) -> list[list[FrozenTrial]]:
         """The finished segments of each member, in order."""
-        segments: list[list[FrozenTrial]] = [[] for _ in range(self.population)]
+        found: dict[tuple[int, int], FrozenTrial] = {}
         for trial in trials:
-            member = trial.user_attrs.get("member")
-            if trial.state == TrialState.COMPLETE and member is not None and member < self.population:
+            if trial.state == TrialState.COMPLETE and "member" in trial.user_attrs:
                 # A second trial for the same segment, of a process that asked at the same moment, does not count.
-                if trial.user_attrs["until"] == (len(segments[member]) + 1) * self.ready:
-                    segments[member].append(trial)
+                found.setdefault((trial.user_attrs["member"], trial.user_attrs["until"]), trial)
+        segments = []
+        for member in range(self.population):
+            # Not by number: a thread that was held up between its number and its plan may have the earlier number.
+            places = takewhile(found.__contains__, ((member, until) for until in count(self.ready, self.ready)))
+            segments.append([found[place] for place in places])
         return segments
 
     def _due(self, trials: Sequence[FrozenTrial]) -> int | None:
@@ -375,7 +380,7 @@ def _draw(
 
 def _count(share: float, number: int) -> int:
     """How many of ``number`` a share is; best and worst never overlap."""
-    return min(math.ceil(round(share * number, 9)), number // 2)  # 0.1 * 30 is 3.0000000000000004
+    return min(math.ceil(round(share * number, 9)), number // 2)  # 0.07 * 100 is 7.000000000000001
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -10,7 +10,7 @@ def front(record: StudyRecord) -> Section | None:
     """What can be had for what, two objectives in a picture."""
     if not record.several or not record.usable:
         return None
-    from lightning_automl.plots import pareto_front
+    from lightning_automl.plots.pareto import NUMBERED, pareto_front
 
     figures = {}
     for first, second in combinations(range(len(record.monitors)), 2):
@@ -24,8 +24,10 @@ def front(record: StudyRecord) -> Section | None:
         )
     text = (
         "Of a trial on the front, nothing can be bettered in one objective without losing in another: which to take "
-        "is your choice. The numbers are those of trials."
+        "is your choice."
     )
+    if len(record.best) <= NUMBERED:
+        text += " The numbers are those of trials."
     if len(record.monitors) > 2:
         text += " A trial on the front of all objectives may look surpassed where only two of them are drawn."
     return Section("Pareto front", [pictures(**figures), Text(text)])

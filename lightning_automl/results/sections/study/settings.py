@@ -71,16 +71,18 @@ def _looking(record: StudyRecord) -> list[str]:
     if not url:
         return []
     password = "    # with the password for ***" if "***" in url else ""
-    shown, opened = url, repr(url)
+    shown, opened, imports = url, repr(url), "import optuna"
     if url.startswith("journal:"):
         shown = url.removeprefix("journal:").removeprefix("//")
-        opened = f"JournalStorage(journal.JournalFileBackend({shown!r}))"
+        opened = f"JournalStorage(JournalFileBackend({shown!r}))"
+        imports += (
+            "; from optuna.storages import JournalStorage; from optuna.storages.journal import JournalFileBackend"
+        )
     elif url.startswith("grpc:"):
         shown = ""
         host, _, port = url.removeprefix("grpc://").rpartition(":")
         opened = f"GrpcStorageProxy(host={host!r}, port={port})"
-    code = f"import optuna; print(optuna.load_study(study_name={record.name!r}, storage={opened}).best_trials)"
-    if opened != repr(url):
-        code = f"from optuna.storages import *; {code}"
+        imports += "; from optuna.storages import GrpcStorageProxy"
+    code = f"{imports}; print(optuna.load_study(study_name={record.name!r}, storage={opened}).best_trials)"
     lines = [f"optuna-dashboard {shlex.quote(shown)}{password}"] if shown else []
     return [*lines, f"python -c {shlex.quote(code)}{password}"]

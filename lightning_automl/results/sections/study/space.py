@@ -85,8 +85,8 @@ def importances(record: StudyRecord) -> Section | None:
     }
     text = (
         f"From {counted(count, 'complete trial')}{', which is little' if count < 50 else ''}: the order of the largest "
-        f"shares is worth more than their sizes. {'; '.join(said[each] for each in said if each in used)}. Both speak of the "
-        "ranges that were searched: a parameter whose values are all good, or all alike, has a small share."
+        f"shares is worth more than their sizes. {'; '.join(said[each] for each in said if each in used)}. Both speak "
+        "of the ranges that were searched: a parameter whose values are all good, or all alike, has a small share."
     )
     if any(parameter.when for parameter in record.parameters.values()):
         text += " Of a parameter that few trials have, a share says little."
@@ -122,7 +122,7 @@ def slices(record: StudyRecord) -> Section | None:
         text += " Crosses: pruned trials, at their last value."
     text += " Triangles at the edge: values beyond the picture."
     if left > 0:
-        text += f" {left} less important parameters are left out."
+        text += f" {counted(left, 'less important parameter')} {'is' if left == 1 else 'are'} left out."
     return Section("Value against each parameter", [pictures(**figures), Text(text)])
 
 

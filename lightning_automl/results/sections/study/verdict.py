@@ -178,8 +178,8 @@ def cautions(record: StudyRecord) -> Section:
         )
     if record.retrain is not None:
         notes.append(
-            "The interval of the test metric tells how much seeds differ, not how another test split would. Choosing again "
-            "by what the test split says would use it up."
+            "The interval of the test metric tells how much seeds differ, not how another test split would. Choosing "
+            "again by what the test split says would use it up."
         )
     if record.usable and record.unchanged is None and not record.population:
         notes.append("The unchanged run was not tried, so that it is not known whether the search gained anything.")
