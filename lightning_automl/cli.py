@@ -326,6 +326,8 @@ class AutoMLCLI(LightningCLI):
         kwargs["weights_only"] = True
         if last.exists():
             log.info("going on from %s", last)
+            # Of a trial that is continued by hand: the callback that reported it to its study is not there any more.
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
             if self.trainer.max_steps != -1:
                 log.warning("with max_steps Lightning may skip batches after a continued epoch; max_epochs is exact")
         try:

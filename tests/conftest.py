@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import postgres, proxy  # noqa: F401  # fixtures
 from torch import nn
 
 from lightning_automl.__main__ import main

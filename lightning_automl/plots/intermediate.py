@@ -46,7 +46,7 @@ def intermediate_values(
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axes = figure.subplots()
     lines = [[(step, value) for step, value in curve if math.isfinite(value)] for curve in curves]
     drawn = [(line, state if state in _STYLES else _OTHERS) for line, state in zip(lines, states, strict=True)]

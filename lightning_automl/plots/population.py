@@ -42,7 +42,7 @@ def population_history(segments: Sequence[Segment], *, maximize: bool, name: str
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axes = figure.subplots()
     alpha = max(0.35, opacity(len(segments)))
     labelled: set[str] = set()

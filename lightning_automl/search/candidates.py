@@ -208,7 +208,7 @@ class Candidate:
         if not self._single:
             return False
         with self._pruning:  # pruners keep what they compute first, as Hyperband its brackets, and know no threads
-            pruned = self.trial.should_prune()
+            pruned = bool(self.trial.should_prune())  # some pruners answer with numpy's, which JSON does not know
         if pruned:
             self.pruned_at = step
         return pruned

@@ -48,7 +48,8 @@ def commands(record: StudyRecord) -> Section:
     directory = shlex.quote(str(record.directory))
     lines = []
     if record.best:
-        lines.append(f"lightning-automl fit --config {directory}/best.yaml --dir {directory}-best")
+        which = f"    # trial {record.best[0]}" if record.several else ""
+        lines.append(f"lightning-automl fit --config {directory}/best.yaml --dir {directory}-best{which}")
     for number in record.best[1:3] if record.several else ():
         place = f"{directory}/{record.by_number[number].directory or f'trials/{number:04d}'}"
         lines.append(
@@ -56,7 +57,7 @@ def commands(record: StudyRecord) -> Section:
         )
     if not record.finished:
         lines.append(f"lightning-automl search --dir {directory}    # goes on")
-    elif not record.population:
+    elif not record.population and not _exhaustive(record):
         # Lost ones do not count.
         counted = len(record.of_state("COMPLETE", "PRUNED", "REFUSED", "FAIL"))
         lines.append(f"lightning-automl search --dir {directory} --trials {counted + _MORE}    # {_MORE} more")
@@ -65,24 +66,36 @@ def commands(record: StudyRecord) -> Section:
     return Section("Commands", [Commands([*lines, *_looking(record)])])
 
 
+def _exhaustive(record: StudyRecord) -> bool:
+    """Whether the sampler has visited all there is."""
+    sampler = record.search.get("sampler")
+    name = sampler.get("class_path") if isinstance(sampler, Mapping) else sampler
+    return str(name).rsplit(".", 1)[-1] in ("GridSampler", "BruteForceSampler")
+
+
 def _looking(record: StudyRecord) -> list[str]:
     """Lines for Optuna's dashboard and for Python."""
     url = record.storage
     if not url:
         return []
     password = "    # with the password for ***" if "***" in url else ""
-    shown, opened, imports = url, repr(url), "import optuna"
+    shown, opened, imports = url, _literal(url), "import optuna"
     if url.startswith("journal:"):
         shown = url.removeprefix("journal:").removeprefix("//")
-        opened = f"JournalStorage(JournalFileBackend({shown!r}))"
+        opened = f"JournalStorage(JournalFileBackend({_literal(shown)}))"
         imports += (
             "; from optuna.storages import JournalStorage; from optuna.storages.journal import JournalFileBackend"
         )
     elif url.startswith("grpc:"):
         shown = ""
         host, _, port = url.removeprefix("grpc://").rpartition(":")
-        opened = f"GrpcStorageProxy(host={host!r}, port={port})"
+        opened = f"GrpcStorageProxy(host={_literal(host)}, port={port})"
         imports += "; from optuna.storages import GrpcStorageProxy"
-    code = f"{imports}; print(optuna.load_study(study_name={record.name!r}, storage={opened}).best_trials)"
+    code = f"{imports}; print(optuna.load_study(study_name={_literal(record.name)}, storage={opened}).best_trials)"
     lines = [f"optuna-dashboard {shlex.quote(shown)}{password}"] if shown else []
     return [*lines, f"python -c {shlex.quote(code)}{password}"]
+
+
+def _literal(text: str) -> str:
+    """A text in Python, in double quotes, since a shell is given the line in single ones."""
+    return json.dumps(text, ensure_ascii=False)

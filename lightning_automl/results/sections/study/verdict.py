@@ -47,7 +47,7 @@ def _state(record: StudyRecord) -> str:
     if not record.finished and not beginning:
         beginning = "This search is not finished: "
     if not record.trials:
-        return f"{beginning}no trial has begun yet.".capitalize()
+        return _sentence(f"{beginning}no trial has begun yet.")
     counts = Counter(trial.state for trial in record.trials)
     parts = [f"{counts[state]:,} {words[counts[state] != 1]}" for state, words in _TOLD.items() if counts[state]]
     many = len(record.trials) > 1
@@ -58,16 +58,15 @@ def _state(record: StudyRecord) -> str:
     of = f" of the training of {counted(members, 'member')}" if record.population else ""
     seconds = math.fsum(trial.seconds for trial in record.trials)
     epochs = sum(trial.epochs for trial in record.trials)
-    sentence = (
+    return _sentence(
         f"{beginning}of {counted(len(record.trials), noun)}{of}, {joined(parts)}; {'they' if many else 'it'} took "
         f"{counted(epochs, 'epoch')} and {duration(seconds)}."
     )
-    return sentence[0].upper() + sentence[1:]
 
 
 def _best(record: StudyRecord) -> str:
     winner, monitor = record.winner, record.monitors[0]
-    if winner is None or not winner.values:
+    if winner is None or not winner.usable:
         return "None is complete, so that there is no best one yet." if record.trials else ""
     sentence = f"The best {monitor} is {metric(winner.values[0])}, of trial {winner.number}"
     if monitor in _EXACT:
@@ -83,7 +82,7 @@ def _best(record: StudyRecord) -> str:
 
 
 def _front(record: StudyRecord) -> str:
-    chosen = [record.by_number[each] for each in record.best if record.by_number[each].values]
+    chosen = [record.by_number[each] for each in record.best if record.by_number[each].usable]
     if not chosen:
         return "None is complete, so that there is no best one yet." if record.trials else ""
     text = (
@@ -96,7 +95,7 @@ def _front(record: StudyRecord) -> str:
         trial = chosen[values.index(max(values) if record.maximize(at) else min(values))]
         rest = joined([f"{name} {metric(value)}" for name, value in _others(record, trial, at)])
         ends.append(f"the best value of {monitor} is {metric(trial.values[at])}, with {rest} (trial {trial.number})")
-    return f"{text}. {'; '.join(ends).capitalize()}; chosen among noisy validation values, they are optimistic."
+    return f"{text}. {_sentence('; '.join(ends))}; chosen among noisy validation values, they are optimistic."
 
 
 def _others(record: StudyRecord, trial: TrialRecord, at: int) -> list[tuple[str, float]]:
@@ -106,7 +105,7 @@ def _others(record: StudyRecord, trial: TrialRecord, at: int) -> list[tuple[str,
 def _gain(record: StudyRecord) -> str:
     """Whether the search was worth it."""
     trial, winner = record.unchanged, record.winner
-    if trial is None or winner is None or not winner.values:
+    if trial is None or winner is None or not winner.usable:
         return ""
     name = f"The unchanged run (trial {trial.number})"
     if trial.state != "COMPLETE" or not trial.usable:
@@ -176,6 +175,9 @@ def cautions(record: StudyRecord) -> Section:
         notes.append(
             f"The test metrics are of trial {record.retrain['trial']}; the best one is {record.best[0]} by now."
         )
+    opened, runs = int((record.summary or {}).get("test_opened") or 0), len((record.retrain or {}).get("runs") or ())
+    if opened > runs > 0:
+        notes.append(f"The test split was opened {opened} times in all: what was chosen in between has seen it.")
     if record.retrain is not None:
         notes.append(
             "The interval of the test metric tells how much seeds differ, not how another test split would. Choosing "
@@ -241,6 +243,10 @@ def _border(parameter: ParameterRecord, value: Any, end: str) -> str:
         f"The best {parameter.label}, {number(value)}, lies at the {end} end of its range: if values {beyond} are "
         "possible, widen it and search again in another directory."
     )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _be(count: int) -> str:
