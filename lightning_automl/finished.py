@@ -21,8 +21,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
-    parser.description = "Write report.html: one page that needs no network, about a run directory, finished or not."
-    parser.add_argument("dir", type=Path, help="run directory")
+    parser.description = "Write report.html: one page that needs no network, about a run or a search, finished or not."
+    parser.add_argument("dir", type=Path, help="directory of a run or of a search")
     return lambda given: report(given.dir)
 
 

@@ -117,7 +117,8 @@ def slices(record: StudyRecord) -> Section | None:
             )
     if not figures:
         return None
-    text = "The most important parameter comes first. Points: complete trials, the best one large."
+    order = "The most important parameter comes first. " if record.importances else ""
+    text = f"{order}Points: complete trials, the best one large."
     if record.of_state("PRUNED"):
         text += " Crosses: pruned trials, at their last value."
     text += " Triangles at the edge: values beyond the picture."
