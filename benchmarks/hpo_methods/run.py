@@ -1,7 +1,7 @@
 """Ten search methods on the digits at equal epochs: best validation accuracy so far against epochs, over seeds.
 
-``python -m benchmarks.hpo_methods.run`` needs no data beside scikit-learn's digits. A candidate is scored in this process by
-a plain training loop, so that the methods are compared and not the cost of starting runs.
+``python -m benchmarks.hpo_methods.run`` needs no data beside scikit-learn's digits. A candidate is scored in this process
+by a plain training loop, so that the methods are compared and not the cost of starting runs.
 """
 
 import argparse
@@ -73,6 +73,7 @@ class Digits:
         self.curve: list[list[float]] = []
 
     def __call__(self, candidate: Candidate) -> float:
+        """Validation accuracy of the best epoch, or of a segment's last one."""
         torch.manual_seed(self.seed)
         network = TunableCNN(10, 1, 8, filters=[8, 16], pools=["max", "none"], units=[32], fc_dropout=0.5)
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0)

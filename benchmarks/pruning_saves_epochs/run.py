@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_AUTOML_DATA"))
     parser.add_argument("--budget", type=int, default=3, help="sampler seeds")
-    parser.add_argument("--trials", type=int, default=16, help="trials a study")
+    parser.add_argument("--trials", type=int, default=24, help="trials a study")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/pruning_saves_epochs"))
     arguments = parser.parse_args()
     if arguments.data_root is None:

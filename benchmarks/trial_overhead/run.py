@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 
 from benchmarks import results
 from lightning_automl.search.devices import Slice
 from lightning_automl.search.spaces import Space
-from lightning_automl.search.study import open_study, search
 from lightning_automl.search.storages import open_storage
+from lightning_automl.search.study import open_study, search
 from lightning_automl.search.trials import TrialServer
 from lightning_automl.studies.configs import TrialConfigs
 from lightning_automl.studies.runs import RANK, FitTrials, directory_of
