@@ -58,7 +58,7 @@ def main() -> None:
 def _run(letter: str, seed: int, small: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     name, words = RUNS[letter]
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    config |= {"run": str(CONFIGS / config["run"]), "seed": seed, "name": f"{name}-{seed}"}
+    config |= {"run": str(CONFIGS / config["run"]), "seed": seed, "name": f"{name}-{seed}", "enqueue": []}
     space = yaml.safe_load((CONFIGS / "cifar100_cnn_tpe.yaml").read_text())["space"]
     overrides: dict[str, Any] = {"data.init_args.path": arguments.data_root / "cifar100.npz"}
     if small:
@@ -100,7 +100,6 @@ def _run(letter: str, seed: int, small: bool, arguments: argparse.Namespace) -> 
         "words": words,
         "seed": seed,
         "best_val_accuracy": max(t["values"][0] for t in record["trials"] if t["state"] == "COMPLETE"),
-        "unchanged_val_accuracy": (record["trials"][0]["values"] or [None])[0],
         "test_accuracy": retrained["metrics"]["test_accuracy"],
         "complete": totals["COMPLETE"],
         "pruned": totals["PRUNED"],

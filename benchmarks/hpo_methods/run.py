@@ -1,6 +1,6 @@
 """Ten search methods on the digits at equal epochs: best validation accuracy so far against epochs, over seeds.
 
-``python -m benchmarks.hpo_methods.run`` needs no data beside scikit-learn's digits. A candidate is scored in this process
+``python -m benchmarks.hpo_methods.run`` needs no data beside the digits. A candidate is scored in this process
 by a plain training loop, so that the methods are compared and not the cost of starting runs.
 """
 
