@@ -25,8 +25,10 @@ from typing import Any, Literal, TextIO
 Status = Literal["finished", "pruned", "failed"]
 
 #: Distributions whose versions decide whether a run can be repeated bit for bit.
-PACKAGES = ("lightning-automl", "lightning", "torch", "torchvision", "torchmetrics", "optuna", "numpy", "scikit-learn")
-PACKAGES += ("pillow",)
+PACKAGES = (
+    *("lightning-automl", "lightning", "torch", "torchvision", "torchmetrics", "optuna"),
+    *("numpy", "scikit-learn", "pillow"),
+)
 
 
 #: Keys that may differ when a run is continued. Those of ``GROWING`` may only grow.

@@ -22,7 +22,7 @@ import jsonargparse
 import optuna
 import yaml
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, TPESampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler, TPESampler
 from optuna.trial import TrialState
 
 from lightning_automl.mistakes import ending, one_sentence, root_cause
@@ -75,9 +75,12 @@ def _parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     time = str | float | None
+    # Without types of its values: jsonargparse would import what a class_path in a dict[str, Any] names, and fill in the
+    # arguments that are left out.
+    plain: Any = dict
     keys: dict[str, tuple[Any, Any, str]] = {
         "dir": (str | None, None, "Where everything goes; a new runs/NAME-N by default."),
-        "run": (str | dict[str, Any] | None, None, "The fit config that is varied: a file, or the config itself."),
+        "run": (str | plain | None, None, "The fit config that is varied: a file, or the config itself."),
         "monitor": (
             str | list[str] | None,
             None,
@@ -87,9 +90,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         "trials": (int | None, None, "Trials in all, over all machines."),
         "epochs": (int | None, None, "Epochs in all, over all machines."),
         "timeout": (time, None, "Time for this command, as 90s, 30m or 2h."),
-        "space": (dict[str, Any] | str | None, None, "What is varied, by name or dotted path; or a file that says it."),
+        "space": (plain | str | None, None, "What is varied, by name or dotted path; or a file that says it."),
         "enqueue": (
-            list[dict[str, Any]] | None,
+            list[plain] | None,
             None,
             "Values to try first, by name; {} is the unchanged run, which is the default. [] for none.",
         ),
@@ -150,6 +153,8 @@ class Search:
         for each in _as_list(given.direction):
             if each not in ("minimize", "maximize"):
                 raise UserError(f"unknown direction {each!r}; known: minimize, maximize")
+        if given.storage is not None and "***" in given.storage:
+            raise UserError(f"passwords are not kept, so {given.storage} cannot be opened; give --storage once more")
         self.timeout = seconds_of("timeout", given.timeout)
         self.silence = seconds_of("hang_timeout", given.hang_timeout)
         self.limit = seconds_of("trial_timeout", given.trial_timeout)
@@ -208,7 +213,7 @@ class Search:
         )
         on_gpu = self.base["trainer"]["accelerator"] != "cpu"
         self.slices = slices(given.workers, self.ranks, gpus if on_gpu else (), _cores())
-        self.sampler = self._sampler(given.seed)
+        self.sampler = self._sampler()
         self.pruner = self._pruner()
         covering = _covering(self.space)
         self._ask(
@@ -257,14 +262,24 @@ class Search:
             raise UserError(f"direction has {len(given)} values for {len(self.monitors)} monitors; give one for each")
         return given
 
-    def _sampler(self, seed: int) -> BaseSampler:
-        """The sampler of the config, with the seed, the grid and the length of a run filled in."""
+    def _sampler(self, existing: int = 0, token: str = "") -> BaseSampler:
+        """The sampler of the config, with seeds, the grid and the length of a run filled in.
+
+        The seed decides about the first process of a study; one that comes later must not draw the same values again.
+        Samplers whose seed is a part of what they visit keep it.
+
+        Args:
+            existing: Trials that the study has already.
+            token: Tells apart processes that work on the study at once.
+        """
         spec = self.given.sampler
+        if any(map(self._is, (GridSampler, PopulationSampler, QMCSampler))):
+            existing, token = 0, ""
         with _quietly():
             if spec is None:
-                return TPESampler(seed=seed)
+                return TPESampler(seed=derived_seed(self.given.seed, existing, token))
             spec = spec.clone()
-            _fill_seeds(spec, seed)
+            _fill_seeds(spec, self.given.seed, lambda seed: derived_seed(seed, existing, token))
             arguments = dict(spec.get("init_args") or {})
             try:
                 if self._is(GridSampler):
@@ -298,8 +313,11 @@ class Search:
             directory = new_directory(self.name)
         else:
             directory = Path(self.given.dir)
-            strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt"}
-            if strange and not (directory / "config.yaml").exists() and not (directory / "study.json").exists():
+            strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt", "study.db"}
+            saved = directory / "config.yaml"
+            if saved.exists() and "space" not in (yaml.safe_load(saved.read_text()) or {}):
+                raise UserError(f"{directory} is the directory of a run, not of a search; give another --dir")
+            if strange and not saved.exists():
                 raise UserError(
                     f"{directory} is not the directory of a search and not empty (it holds {min(strange)}); "
                     "give another --dir"
@@ -311,6 +329,8 @@ class Search:
     def _resolved(self) -> dict[str, Any]:
         """The search as it is kept: with the whole run, without the directory."""
         kept = {key: value for key, value in _plain(self.given).items() if key not in ("config", "dir")}
+        if kept["storage"] is not None:
+            kept["storage"] = self.url  # without a password
         return kept | {"run": self.base, "monitor": self.monitors, "direction": self.directions, "name": self.name}
 
     def _settle(self, environment: Mapping[str, Any]) -> None:
@@ -347,17 +367,11 @@ class Search:
             space=self.space,
             identity={"monitors": self.monitors, "folds": given.folds, "run": run},
         )
-        # The seed decides about the first process of a study; one that comes later must not draw the same values.
-        # Samplers whose seed is a part of what they visit keep it.
-        existing = len(study.get_trials(deepcopy=False))
-        if (
-            existing
-            and not self._is(GridSampler)
-            and not self._is(PopulationSampler)
-            and not self._is(optuna.samplers.QMCSampler)
-        ):
-            others = any(trial.state == TrialState.RUNNING for trial in study.get_trials(deepcopy=False))
-            study.sampler = self._sampler(derived_seed(given.seed, existing, str(os.getpid()) if others else ""))
+        trials = study.get_trials(deepcopy=False)
+        existing = len(trials)
+        if existing:
+            others = any(trial.state == TrialState.RUNNING for trial in trials)
+            study.sampler = self._sampler(existing, str(os.getpid()) if others else "")
         log.info("study %r in %s", self.name, self.url)
         log.info("%s", self._plan(existing))
         score = FitTrials(
@@ -384,7 +398,7 @@ class Search:
                     epochs=given.epochs,
                     timeout=self.timeout,
                     workers=given.workers,
-                    enqueue=() if existing else self._first(),
+                    enqueue=self._first(),
                     directory_of=directory_of,
                     on_change=files.changed,
                 )
@@ -396,6 +410,8 @@ class Search:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_sentence(root_cause(error))
                 seconds = time.monotonic() - started
                 summarise(self.directory, "search", "failed", seconds=seconds, reason=reason)
+                if isinstance(error, StudyFailed):
+                    report(self.directory)
             raise
         names = ("best.yaml", "trials.csv", "study.json", "retrain.json", "report.html")
         left = {Path(name).stem: name for name in names if (self.directory / name).exists() or name == "report.html"}
@@ -556,15 +572,15 @@ def _covering(space: Space) -> list[dict[str, Any]]:
     return found
 
 
-def _fill_seeds(spec: Any, seed: int) -> None:
-    """Give the seed to every class within that takes one and was not given one."""
+def _fill_seeds(spec: Any, seed: int, derived: Callable[[int], int]) -> None:
+    """Give a seed to every class within that takes one: derived from its own, or from ``seed`` if it was given none."""
     if not isinstance(spec, jsonargparse.Namespace | dict):
         return
     for key in list(vars(spec) if isinstance(spec, jsonargparse.Namespace) else spec):
-        if key == "seed" and spec[key] is None:
-            spec[key] = seed
+        if key == "seed":
+            spec[key] = derived(seed if spec[key] is None else spec[key])
         else:
-            _fill_seeds(spec[key], seed)
+            _fill_seeds(spec[key], seed, derived)
 
 
 def _namespace(**values: Any) -> jsonargparse.Namespace:

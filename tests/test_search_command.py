@@ -167,7 +167,7 @@ def test_what_comes_out_is_a_config_tables_and_a_test_of_retrained_seeds(searche
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_with_larger_limits_and_refuses_other_changes(searched, tmp_path):
+def test_the_same_command_goes_on_with_larger_limits_and_refuses_other_changes(searched, command, tmp_path):
     assert searched(trials=1, run=run_of(epochs=1)).status == 0
     answer = searched(
         trials=2, run=run_of(epochs=1), space={"lr": {"log_float": [1e-3, 1.0], "path": f"{OPTIMIZER}.lr"}}
@@ -176,6 +176,9 @@ def test_the_same_command_goes_on_with_larger_limits_and_refuses_other_changes(s
     assert "space.lr" in answer.err
     assert searched(trials=2, run=run_of(epochs=1)).status == 0
     assert [row["number"] for row in rows_of(tmp_path / "study")] == ["0", "1"]
+    answer = command("search", "--dir", tmp_path / "study", "--trials", "3")
+    assert answer.status == 0, answer.err
+    assert len({row["lr"] for row in rows_of(tmp_path / "study")}) == 3  # the sampler does not begin anew
     answer = searched(trials=1, run=run_of(epochs=1))
     assert answer.status == 2
     assert "limits can only grow" in answer.err
@@ -348,6 +351,20 @@ def test_two_commands_share_a_study(kind, request, tmp_path):
     assert not numbers[0] & numbers[1]
     assert all(numbers)
     assert "s3cr" not in "".join(path.read_text() for path in tmp_path.glob("*/log.txt"))
+
+
+def test_passwords_are_not_kept(searched, tmp_path):
+    assert searched("--storage", "postgresql://me:***@host/database").status == 2
+    answer = searched("--storage", f"sqlite:///{tmp_path}/own.db")
+    assert answer.status == 0, answer.err
+    assert yaml.safe_load((tmp_path / "study/config.yaml").read_text())["storage"] == f"sqlite:///{tmp_path}/own.db"
+
+
+def test_the_directory_of_a_run_is_not_taken(fit, searched, tmp_path):
+    assert fit("--dir", tmp_path / "study").status == 0
+    answer = searched()
+    assert answer.status == 2
+    assert "the directory of a run" in answer.err
 
 
 def test_a_dry_run_shows_three_configs_and_makes_nothing(searched, tmp_path):
