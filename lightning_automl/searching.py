@@ -75,8 +75,8 @@ def _parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     time = str | float | None
-    # Without types of its values: jsonargparse would import what a class_path in a dict[str, Any] names, and fill in the
-    # arguments that are left out.
+    # Without types of its values: jsonargparse would import what a class_path in a dict[str, Any] names, and fill in
+    # the arguments that are left out.
     plain: Any = dict
     keys: dict[str, tuple[Any, Any, str]] = {
         "dir": (str | None, None, "Where everything goes; a new runs/NAME-N by default."),

@@ -62,17 +62,7 @@ def _run(letter: str, seed: int, small: bool, arguments: argparse.Namespace) -> 
     space = yaml.safe_load((CONFIGS / "cifar100_cnn_tpe.yaml").read_text())["space"]
     overrides: dict[str, Any] = {"data.init_args.path": arguments.data_root / "cifar100.npz"}
     if small:
-        data = small_cifar100(arguments.data_root, arguments.work)
-        overrides = {
-            "data": "ArraysDataModule",
-            "data.path": data,
-            "data.batch_size": 64,
-            "data.base_augment": "crop_flip",
-            "data.subset": 0.1,
-            "data.val_fraction": 0.05,
-            "trainer.max_epochs": 9,
-            "trainer.accelerator": "cpu",
-        }
+        overrides = small_cifar100(arguments.data_root, arguments.work)
         network = "model.init_args.model.init_args"
         overrides |= {f"{network}.filters": "[32,32,32,32]", f"{network}.kernels": "[3,3,3,3]"}
         overrides |= {

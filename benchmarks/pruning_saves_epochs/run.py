@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.data_root is None:
         parser.error("give --data-root or set LIGHTNING_AUTOML_DATA to the folder of cifar100.npz")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    data = small_cifar100(arguments.data_root, arguments.work)
+    overrides = small_cifar100(arguments.data_root, arguments.work)
     rows = []
     for seed in range(arguments.budget):
         for name, pruner in PRUNERS.items():
@@ -53,16 +53,6 @@ def main() -> None:
                 "seed": seed,
                 "name": f"pruning-{name}-{seed}",
                 "enqueue": [],
-            }
-            overrides = {
-                "data": "ArraysDataModule",
-                "data.path": data,
-                "data.batch_size": 64,
-                "data.base_augment": "crop_flip",
-                "data.subset": 0.1,
-                "data.val_fraction": 0.05,
-                "trainer.max_epochs": 9,
-                "trainer.accelerator": "cpu",
             }
             record = search(
                 config,
