@@ -13,7 +13,7 @@ from lightning_automl.rundir import replacing
 
 
 def small_cifar100(data_root: Path, work: Path) -> dict[str, Any]:
-    """Keys of a short run on a tenth of CIFAR-100, averaged to 16 x 16 pixels in a file in ``work`` that is made once."""
+    """Keys of a short run on a tenth of CIFAR-100, averaged to 16 x 16 pixels in a file in ``work`` made once."""
     path = work / "cifar100_16.npz"
     if not path.exists():
         with np.load(data_root / "cifar100.npz") as file:

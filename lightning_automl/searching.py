@@ -7,6 +7,7 @@ server and ``trial.py``.
 import contextlib
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,15 +44,14 @@ from lightning_automl.rundir import (
 )
 from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.pruners import check_pruner, hyperband_sentence
-from lightning_automl.search.records import best_trials
 from lightning_automl.search.samplers import GroupwiseSampler, PopulationSampler
 from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import open_storage
-from lightning_automl.search.study import StudyFailed, derived_seed, open_study, search
+from lightning_automl.search.study import StudyFailed, derived_seed, identifier, open_study, search
 from lightning_automl.search.trials import TrialServer
-from lightning_automl.studies.configs import TrialConfigs
+from lightning_automl.studies.configs import TrialConfigs, of_fold, of_seed
 from lightning_automl.studies.files import StudyFiles
-from lightning_automl.studies.retrain import retrain
+from lightning_automl.studies.retrain import retrain, times_opened
 from lightning_automl.studies.runs import COSTS, RANK, FitTrials, directory_of
 
 log = logging.getLogger("lightning_automl")
@@ -60,7 +61,13 @@ _CHANGEABLE = ("timeout", "workers", "storage", "retrain", "hang_timeout", "tria
 _GROWING = ("trials", "epochs")
 
 #: Keys of a run that may differ between the machines that share a study.
-_LOCAL = ("data.init_args.path", "data.init_args.cache", "trainer.accelerator", "trainer.enable_progress_bar")
+_LOCAL = (
+    "data.init_args.path",
+    "data.init_args.labels",
+    "data.init_args.cache",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+)
 
 #: What the sampler is told by the search, and so does not have to be given.
 _FILLED = {"search_space", "total"}
@@ -139,6 +146,8 @@ class Search:
             raise UserError(one_sentence(error, self.parser)) from error
         given = self.given
         files = [Path(str(path)) for path in given.config or []]
+        if given.run is None and not files and given.dir is not None:
+            raise UserError(f"there is no search in {given.dir}; give a search config by --config")
         if given.run is None:
             raise UserError("a search needs the fit config that it varies; give it as run: in the search config")
         if not given.space:
@@ -166,7 +175,28 @@ class Search:
         if not self._limited():
             raise UserError("a search needs a limit; give trials, epochs or timeout")
         self.name = given.name or (files[-1].stem if files else "search")
+        if "/" in self.name:
+            raise UserError(f"name is {self.name!r}; a name of a study has no slash")
+        self._check_monitors(_as_list(given.monitor))
         self.run_arguments = self._run_arguments(files)
+
+    def _check_monitors(self, monitors: Sequence[str]) -> None:
+        """Refuse what can be seen to be wrong before a run has logged anything."""
+        for name in monitors:
+            near = get_close_matches(name, COSTS, 1, 0.8)
+            if near and name not in COSTS:
+                raise UserError(f"unknown monitor {name!r}; did you mean {near[0]!r}?")
+            if name.startswith("test_"):
+                raise UserError(f"monitor is {name}: a search must not see the test split; take its val_ metric")
+        if monitors and all(name in COSTS for name in monitors):
+            raise UserError(
+                f"monitor is {', '.join(monitors)}; give a metric beside, since a search without one is lost"
+            )
+        if self._is(PopulationSampler):
+            if len(monitors) > 1:
+                raise UserError("population based training has one monitor, a metric; leave the others out")
+            if self.given.folds is not None:
+                raise UserError("population based training and folds exclude each other; leave one of them out")
 
     def _run_arguments(self, files: Sequence[Path]) -> list[str]:
         """The command line of the run that is varied."""
@@ -185,16 +215,13 @@ class Search:
         scratch = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
         gpus = visible_gpus()
         self.server = self.held.enter_context(TrialServer(RANK))
-        self.directory = scratch if self.dry else self._claim()
-        if not self.dry:
-            log_to(self.directory / "log.txt")
-            self.storage, self.url = open_storage(given.storage, self.directory)
-        monitors = _as_list(given.monitor)
+        if given.dir is not None and not self.dry:
+            self._claim(Path(given.dir), log_to)
         resolved = self._ask(
             scratch,
             do="resolve",
             arguments=self.run_arguments,
-            monitors=monitors,
+            monitors=_as_list(given.monitor),
             gpus=len(gpus) // given.workers,
             seed=given.seed,
         )
@@ -208,25 +235,27 @@ class Search:
             self.space,
             watch,
             self.directions[self.monitors.index(watch)] if watch else "maximize",
-            self.directory,
+            scratch if given.dir is None else Path(given.dir),
             scheduled=self._is(PopulationSampler),
         )
         on_gpu = self.base["trainer"]["accelerator"] != "cpu"
         self.slices = slices(given.workers, self.ranks, gpus if on_gpu else (), _cores())
         self.sampler = self._sampler()
         self.pruner = self._pruner()
-        covering = _covering(self.space)
-        self._ask(
-            scratch,
-            do="check",
-            file=str(scratch / "check.yaml"),
-            configs=[self.configs.of_trial(values, {}) for values in covering],
-        )
+        base = self.configs.of_trial({}, {})
+        built = [base if given.folds is None else of_fold(base, 0, given.folds)]
+        if given.retrain:
+            built.append(of_seed(base, given.seed))
+        configs = [self.configs.of_trial(values, {}) for values in _covering(self.space)]
+        self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=configs, built=built)
         if self.dry:
             self._show()
             return
-        self._settle(resolved["environment"])
-        self._search()
+        if given.dir is None:
+            self._claim(new_directory(self.name), log_to)
+            self.configs.directory = self.directory
+        self._settle()
+        self._search(resolved["environment"])
 
     def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
         """Let a process of the trial server answer; its mistakes are the user's."""
@@ -285,6 +314,7 @@ class Search:
                 if self._is(GridSampler):
                     return GridSampler(self.space.grid(), **arguments)
                 if self._is(PopulationSampler):
+                    self._check_segments(arguments.get("ready", 1))
                     return PopulationSampler(total=self.base["trainer"]["max_epochs"], **arguments)
                 built: BaseSampler = self.parser.instantiate_classes(_namespace(sampler=spec)).sampler
                 if isinstance(built, GroupwiseSampler):
@@ -292,6 +322,15 @@ class Search:
             except Exception as error:
                 raise _refused("sampler", error) from error
             return built
+
+    def _check_segments(self, ready: int) -> None:
+        longest, every = (self.base["trainer"][key] for key in ("max_epochs", "check_val_every_n_epoch"))
+        if not longest or longest < 1:
+            raise UserError("a run without an end cannot be cut into segments; set --run.trainer.max_epochs")
+        if every and ready % every:
+            raise UserError(
+                f"ready is {ready} epochs and the run is validated every {every} epochs; give a multiple of {every}"
+            )
 
     def _pruner(self) -> BasePruner | None:
         spec = self.given.pruner
@@ -307,24 +346,22 @@ class Search:
             log.warning("%s", sentence)
         return pruner
 
-    def _claim(self) -> Path:
-        """The directory, held for this command."""
-        if self.given.dir is None:
-            directory = new_directory(self.name)
-        else:
-            directory = Path(self.given.dir)
-            strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt", "study.db"}
-            saved = directory / "config.yaml"
-            if saved.exists() and "space" not in (yaml.safe_load(saved.read_text()) or {}):
-                raise UserError(f"{directory} is the directory of a run, not of a search; give another --dir")
-            if strange and not saved.exists():
-                raise UserError(
-                    f"{directory} is not the directory of a search and not empty (it holds {min(strange)}); "
-                    "give another --dir"
-                )
+    def _claim(self, directory: Path, log_to: Callable[[Path], None]) -> None:
+        """Hold the directory for this command, and open the storage."""
+        saved = directory / "config.yaml"
+        if saved.exists() and "space" not in (yaml.safe_load(saved.read_text()) or {}):
+            raise UserError(f"{directory} is the directory of a run, not of a search; give another --dir")
+        strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt", "study.db"}
+        if strange and not saved.exists():
+            raise UserError(
+                f"{directory} is not the directory of a search and not empty (it holds {min(strange)}); "
+                "give another --dir"
+            )
         self.held.enter_context(lock(directory))
         remove_partial_files(directory)
-        return directory
+        self.directory = directory
+        log_to(directory / "log.txt")
+        self.storage, self.url = open_storage(self.given.storage, directory)
 
     def _resolved(self) -> dict[str, Any]:
         """The search as it is kept: with the whole run, without the directory."""
@@ -333,7 +370,7 @@ class Search:
             kept["storage"] = self.url  # without a password
         return kept | {"run": self.base, "monitor": self.monitors, "direction": self.directions, "name": self.name}
 
-    def _settle(self, environment: Mapping[str, Any]) -> None:
+    def _settle(self) -> None:
         """Write down what the search is, after looking whether the directory takes it."""
         saved = self.directory / "config.yaml"
         now = yaml.safe_load(yaml.safe_dump(self._resolved()))
@@ -351,14 +388,24 @@ class Search:
                         "continue it, or another --dir to start anew"
                     )
         write_text(saved, yaml.safe_dump(now, sort_keys=False))
-        if not (self.directory / "environment.json").exists():
-            write_json(self.directory / "environment.json", {**environment, "command": sys.argv})
 
-    def _search(self) -> None:
+    def _check_study(self, study: optuna.Study, environment: Mapping[str, Any]) -> None:
+        """Refuse a directory that has trials of another study; their numbers would be taken for this one's."""
+        path = self.directory / "environment.json"
+        kept = read_json(path)
+        if kept is None:
+            write_json(path, {**environment, "command": sys.argv, "study": identifier(study)})
+        elif kept["study"] != identifier(study):
+            raise UserError(
+                f"{self.directory} holds trials of another study than {self.name!r} in {self.url}; give the former "
+                "--storage, or another --dir"
+            )
+
+    def _search(self, environment: Mapping[str, Any]) -> None:
         given = self.given
         started = time.monotonic()
         run = {key: value for key, value in flatten(self.base).items() if key not in _LOCAL}
-        study, _ = open_study(
+        study, made = open_study(
             self.name,
             self.storage,
             self.directions,
@@ -369,9 +416,10 @@ class Search:
         )
         trials = study.get_trials(deepcopy=False)
         existing = len(trials)
-        if existing:
-            others = any(trial.state == TrialState.RUNNING for trial in trials)
-            study.sampler = self._sampler(existing, str(os.getpid()) if others else "")
+        if not made:
+            others = not existing or any(trial.state == TrialState.RUNNING for trial in trials)
+            study.sampler = self._sampler(existing, f"{platform.node()} {os.getpid()}" if others else "")
+        self._check_study(study, environment)
         log.info("study %r in %s", self.name, self.url)
         log.info("%s", self._plan(existing))
         score = FitTrials(
@@ -405,13 +453,16 @@ class Search:
             files.write()
             metrics, opened = self._results(files)
         except BaseException as error:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_sentence(root_cause(error))
+            seconds = time.monotonic() - started
             with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
-                files.write(final=False)
-                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_sentence(root_cause(error))
-                seconds = time.monotonic() - started
                 summarise(self.directory, "search", "failed", seconds=seconds, reason=reason)
+            try:
+                files.write(final=False)
                 if isinstance(error, StudyFailed):
                     report(self.directory)
+            except Exception as other:  # the first one is told
+                log.debug("the tables were not written: %s", other)
             raise
         names = ("best.yaml", "trials.csv", "study.json", "retrain.json", "report.html")
         left = {Path(name).stem: name for name in names if (self.directory / name).exists() or name == "report.html"}
@@ -423,31 +474,31 @@ class Search:
             seconds=time.monotonic() - started,
             opened=opened,
             artefacts=left,
+            forget="test_",
         )
         report(self.directory)
 
     def _results(self, files: StudyFiles) -> tuple[dict[str, float], int]:
         """What the best trial came to, and if asked for its retrained runs; and how often these open the test split."""
-        best = best_trials(files.study)
+        best = files.best()
         metrics: dict[str, float] = {}
-        if len(best) == 1 and best[0].values is not None:
-            metrics = dict(zip(self.monitors, best[0].values, strict=True))
-        wanted = self.given.retrain
-        if not wanted or not best:
+        if best and len(self.monitors) == 1:
+            metrics = {self.monitors[0]: best[0].values[0]}
+        if not self.given.retrain or not best:
             return metrics, 0
-        before = (read_json(self.directory / "retrain.json") or {}).get("runs", [])
         found = retrain(
             self.server,
             files.config_of(best[0]),
             self.directory,
-            range(self.given.seed, self.given.seed + wanted),
+            range(self.given.seed, self.given.seed + self.given.retrain),
             self.slices,
             self.ranks,
             trial=best[0].number,
             silence=self.silence,
         )
         metrics |= {name: value["mean"] for name, value in found["metrics"].items()}
-        return metrics, max(0, wanted - len(before))
+        before = int((read_json(self.directory / "summary.json") or {}).get("test_opened", 0))
+        return metrics, times_opened(self.directory) - before
 
     def _expected_trials(self) -> int | None:
         trials: int | None = self.given.trials
@@ -457,12 +508,12 @@ class Search:
 
     def record(self) -> dict[str, Any]:
         """What ``study.json`` says of the search."""
-        return self._resolved() | {"enqueued_default": self.given.enqueue is None and bool(self._first())}
+        return self._resolved() | {"enqueued_default": self.given.enqueue is None and any(self._first())}
 
     def _limited(self) -> bool:
         given = self.given
         ends = any(map(self._is, (GridSampler, BruteForceSampler, PopulationSampler)))
-        return ends or not given.trials is given.epochs is self.timeout is None
+        return ends or any(limit is not None for limit in (given.trials, given.epochs, self.timeout))
 
     def _first(self) -> list[dict[str, Any]]:
         """The values to try first."""
@@ -552,7 +603,7 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     if "--config" in names or "-h" in names or "--help" in names or "--dir" not in names:
         return arguments
     place = names.index("--dir")
-    directory = arguments[place].partition("=")[2] or arguments[place + 1]
+    directory = arguments[place].partition("=")[2] or "".join(arguments[place + 1 : place + 2])
     saved = Path(directory) / "config.yaml"
     return ["--config", str(saved), *arguments] if saved.exists() else arguments
 
@@ -576,7 +627,10 @@ def _fill_seeds(spec: Any, seed: int, derived: Callable[[int], int]) -> None:
     """Give a seed to every class within that takes one: derived from its own, or from ``seed`` if it was given none."""
     if not isinstance(spec, jsonargparse.Namespace | dict):
         return
-    for key in list(vars(spec) if isinstance(spec, jsonargparse.Namespace) else spec):
+    keys = list(vars(spec) if isinstance(spec, jsonargparse.Namespace) else spec)
+    for key in keys:
+        if key == "seed" and "sampler" in keys and spec["sampler"] is not None:
+            continue  # of the sampler within
         if key == "seed":
             spec[key] = derived(seed if spec[key] is None else spec[key])
         else:

@@ -15,9 +15,7 @@ from lightning_automl.models.cost import latency
 from lightning_automl.parser import adapt_jsonargparse
 from lightning_automl.process import keep_freed_memory, see_working_directory
 from lightning_automl.rundir import UserError, environment, read_json, summarise
-
-#: Objectives that are no metric of the network's outputs: the smaller the better.
-COSTS = ("parameters", "flops", "latency")
+from lightning_automl.studies.runs import COSTS
 
 
 class Channel(Protocol):
@@ -63,13 +61,14 @@ def _resolve(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """The resolved config of ``arguments``, how many processes it takes, what is to be made small, and where we are."""
     config = _Reader.resolved(payload["arguments"])
     monitors = payload["monitors"] or [config["monitor"]]
-    directions = ["minimize" if name in COSTS or mode_of(name) == "min" else "maximize" for name in monitors]
-    if not payload["monitors"] and config.get("mode"):
-        directions = [f"{config['mode']}imize"]
+    modes = [config["mode"] if name == config["monitor"] and config.get("mode") else mode_of(name) for name in monitors]
+    modes = ["min" if name in COSTS else mode for name, mode in zip(monitors, modes, strict=True)]
+    if config["trainer"].get("limit_val_batches") == 0:
+        raise UserError("the run has trainer.limit_val_batches=0, so nothing is validated that could be searched for")
     return {
         "config": config,
         "monitors": monitors,
-        "directions": directions,
+        "directions": [f"{mode}imize" for mode in modes],
         "ranks": _ranks(config["trainer"], payload["gpus"]),
         "environment": environment(payload["seed"]),
     }
@@ -85,20 +84,33 @@ def _ranks(trainer: dict[str, Any], gpus: int) -> int:
     if str(trainer["strategy"]).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(f"the run has trainer.strategy={trainer['strategy']}, which cannot be pruned; use ddp")
     devices = trainer["devices"]
-    if isinstance(devices, list):
-        return len(devices)
     if str(devices) in ("auto", "-1"):
         return max(1, gpus) if trainer["accelerator"] != "cpu" else 1
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise UserError(
+            f"the run has trainer.devices={devices}; give a number, the search chooses which each trial gets"
+        )
     return int(devices)
 
 
 def _check(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Read configs, the first mistake in which is raised."""
+    """Read ``configs`` and build what is in those of ``built``; the first mistake in one is raised."""
     path = Path(payload["file"])
-    for config in payload["configs"]:
-        path.write_text(yaml.safe_dump(config))
-        _Reader.resolved(["--config", str(path)])
+    for name, reader in (("configs", _Reader), ("built", _Builder)):
+        for config in payload[name]:
+            path.write_text(yaml.safe_dump(config))
+            reader.resolved(["--config", str(path)])
     return {}
+
+
+class _Builder(_Reader):
+    """Builds data module and network too, reads no image and trains nothing."""
+
+    def instantiate_classes(self) -> None:
+        AutoMLCLI.instantiate_classes(self)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
 
 
 class _Parent:
@@ -143,17 +155,17 @@ def _fit(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         watching.append(_Started(channel))
     if payload["watch"]:
         watching.append(TrialPruning(_Parent(channel) if channel.rank == 0 else None, payload["watch"]))
-    # Where the terminal of a search would see the same lines as trials/N/log.txt, they go to the file alone.
     cli = AutoMLCLI(["fit", "--config", str(directory / "config.yaml"), "--dir", str(directory)], watching)
     if channel.rank != 0:
         return {}
     summary = read_json(directory / "summary.json")
     metrics = dict(summary["metrics"])
-    network = (read_json(directory / "environment.json") or {}).get("network", {})
-    metrics |= {name: network[name] for name in ("parameters", "flops") if name in network}
+    cost = (read_json(directory / "environment.json") or {}).get("network", {})
+    metrics |= {name: cost[name] for name in ("parameters", "flops") if name in cost}
     if "latency" in payload["costs"] and not cli.finished_before:
         data: Any = cli.datamodule
-        metrics["latency"] = latency(getattr(cli.model, "model", cli.model), (data.channels, *data.image_size))
+        network = getattr(cli.model, "model", cli.model).to(cli.trainer.strategy.root_device)
+        metrics["latency"] = latency(network, (data.channels, *data.image_size))
         summarise(directory, "fit", summary["status"], metrics={"latency": metrics["latency"]})
     with (directory / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if payload["watch"] and row.get(payload["watch"])]

@@ -148,7 +148,7 @@ def test_what_comes_out_is_a_config_tables_and_a_test_of_retrained_seeds(searche
     retrained = json.loads((study / "retrain.json").read_text())
     accuracies = [run["metrics"]["test_accuracy"] for run in retrained["runs"]]
     assert retrained["metrics"]["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
-    of_seed = yaml.safe_load((study / "retrain/seed-1/config.yaml").read_text())
+    of_seed = yaml.safe_load((study / retrained["runs"][1]["directory"] / "config.yaml").read_text())
     assert of_seed["data"]["init_args"]["train_on_val"] is True
     assert of_seed["seed_everything"] == 1
     # a trial is a config: by hand it comes to the same value, and so does best.yaml, which opens the test split
@@ -405,6 +405,24 @@ BAD = {
     "kind of storage": ({"storage": "postgrse://x"}, "storage"),
     "name in enqueue": ({"enqueue": [{"rl": 1}]}, "'rl'"),
     "direction": ({"direction": "up"}, "up"),
+    "cost": ({"monitor": ["val_accuracy", "paramters"]}, "did you mean 'parameters'"),
+    "costs alone": ({"monitor": "latency"}, "give a metric"),
+    "the test split": ({"monitor": "test_accuracy"}, "must not see the test split"),
+    "nothing validated": ({"run": run_of(limit_val_batches=0)}, "nothing is validated"),
+    "data": (
+        {"run": run_of() | {"data": {"class_path": "ArraysDataModule", "init_args": {"path": "no.npz"}}}},
+        "no.npz",
+    ),
+    "list of devices": ({"run": run_of(strategy="ddp") | {"trainer": {"devices": [0, 1]}}}, "trainer.devices=[0, 1]"),
+    "segments and folds": (
+        {"folds": 2, "sampler": {"class_path": "PopulationSampler", "init_args": {"population": 2, "ready": 1}}},
+        "folds",
+    ),
+    "name": ({"name": "a/b"}, "slash"),
+    "groups": (
+        {"sampler": {"class_path": "GroupwiseSampler", "init_args": {"groups": [["rl"]], "trials_per_group": 2}}},
+        "rl",
+    ),
     "folds": ({"folds": 1}, "folds is 1"),
     "spawned ranks": ({"run": run_of(ranks=2) | {"trainer": {"strategy": "ddp_spawn"}}}, "ddp_spawn"),
     "values built into a run that change while it trains": (
@@ -436,6 +454,52 @@ def test_a_study_of_another_search_is_not_joined(searched, tmp_path):
     answer = searched(storage=url)
     assert answer.status == 2
     assert "in use" in answer.err
+
+
+@pytest.mark.slow
+def test_a_monitor_that_nothing_logs_ends_the_search_with_what_is_logged(searched):
+    answer = searched(monitor="val_acuracy")
+    assert answer.status == 2
+    assert "'val_acuracy'" in answer.err
+    assert "val_accuracy" in answer.err
+
+
+@pytest.mark.slow
+def test_a_directory_with_trials_of_another_study_is_refused(searched, tmp_path):
+    one = {"run": run_of(epochs=1), "trials": 1}
+    assert searched(**one).status == 0
+    answer = searched("--storage", f"sqlite:///{tmp_path}/other.db", **one)
+    assert answer.status == 2
+    assert "another study" in answer.err
+
+
+@pytest.mark.slow
+def test_a_segment_that_a_limit_cuts_is_trained_to_its_end_later(searched, tmp_path):
+    config = {
+        "run": run_of(network="TunableCNN", epochs=4),
+        "sampler": {"class_path": "PopulationSampler", "init_args": {"population": 2, "ready": 2}},
+        "trials": None,
+    }
+    assert searched(**config, epochs=3).status == 0
+    assert [row["state"] for row in rows_of(tmp_path / "study")] == ["COMPLETE", "FAIL", "WAITING"]
+    assert searched(**config, epochs=30).status == 0
+    rows = [row for row in rows_of(tmp_path / "study") if row["state"] == "COMPLETE"]
+    assert len(rows) == 4
+    assert sum(int(row["epochs"]) for row in rows_of(tmp_path / "study")) == 8
+
+
+@pytest.mark.slow
+def test_a_better_config_after_growing_is_retrained_beside_the_former_one(searched, tmp_path):
+    config = {
+        "run": run_of(epochs=1, callbacks=[{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}])
+    }
+    first = [{"lr": 2e-4}, {"lr": 0.3}]
+    assert searched("--retrain", "1", **config, trials=1, enqueue=first).status == 0
+    answer = searched("--retrain", "1", **config, trials=2, enqueue=first)
+    assert answer.status == 0, answer.err
+    summary = json.loads((tmp_path / "study/summary.json").read_text())
+    assert summary["test_opened"] == 2
+    assert json.loads((tmp_path / "study/retrain.json").read_text())["trial"] == 1
 
 
 @pytest.mark.slow

@@ -100,14 +100,16 @@ class RunWriter(Checkpoint):
         self.rows, self.best, self._is_best = state_dict["rows"], state_dict["best"], state_dict["is_best"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down what the data are."""
+        """Write down what the data are, and what a kill after the last checkpoint has kept from being written.
+
+        Here and not when training starts, which it does not when the last epoch was done.
+        """
         if trainer.is_global_zero:
             write_data_record(self.directory / "data.json", trainer.datamodule)  # type: ignore[attr-defined]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mend ``best.ckpt`` if the run was killed between writing the last checkpoint and linking the best to it."""
-        if self._is_best and trainer.is_global_zero and self.last_checkpoint.exists():
-            _link(self.last_checkpoint, self.best_checkpoint)
+            if self._is_best and self.last_checkpoint.exists():
+                _link(self.last_checkpoint, self.best_checkpoint)
+            if self.rows:
+                self._write_table()
         trainer.strategy.barrier()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

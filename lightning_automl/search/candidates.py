@@ -10,6 +10,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
+from lightning_automl.rundir import UserError
+
 
 class Infeasible(ValueError):
     """Raised by a score that refuses the values before it works on them; the text is a sentence for the user.
@@ -21,6 +23,14 @@ class Infeasible(ValueError):
 
 class TrialFailed(RuntimeError):
     """Raised by a score that failed, with the reason as a sentence; what else it raises is a failure too."""
+
+
+class Unfinished(RuntimeError):
+    """Raised by a score that was stopped before it came to a value: the trial is lost, and tried again."""
+
+
+class Misconfigured(UserError):
+    """Raised by a score when no candidate can ever be scored: it ends the search with its sentence."""
 
 
 class Limits:
@@ -80,6 +90,7 @@ class Candidate:
         slot: In 0 .. workers - 1, that of no other candidate at the time; devices may be chosen by it.
         interrupted: Set when the search ends in a hurry; what works on the candidate is then to be killed.
         epochs: Trained for it so far.
+        counts_itself: Whether epochs are counted by `trained` alone, and not by reports.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Candidate:
         self.slot = slot
         self.interrupted = threading.Event()
         self.epochs = 0
+        self.counts_itself = False
         self.metrics: dict[str, Any] = {}
         self.reports: dict[int, float] = {}
         self.taken = False  # by another process that has heard nothing of this one for long
@@ -106,7 +118,6 @@ class Candidate:
         self._limits = limits
         self._pruning = pruning
         self._single = len(trial.study.directions) == 1
-        self._counts_itself = False
         self._replayed = 0
         self._began = time.perf_counter()
 
@@ -146,7 +157,7 @@ class Candidate:
         """
         value = float(value)
         new = step not in self.reports
-        if new and not self._counts_itself:
+        if new and not self.counts_itself:
             self.epochs += 1
         _check_finite(value, f"the value of step {step}")
         if new:
@@ -165,7 +176,7 @@ class Candidate:
         Raises:
             FloatingPointError: If the value is not finite.
         """
-        self._counts_itself = True
+        self.counts_itself = True
         self.epochs += 1
         if value is not None:
             _check_finite(float(value), f"the value of epoch {self.epochs}")

@@ -24,6 +24,11 @@ class Slice(NamedTuple):
     gpus: tuple[str, ...]
     threads: int
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the trial's processes."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+
 
 def slices(workers: int, ranks: int, gpus: Sequence[str], cores: int) -> list[Slice]:
     """Divide the machine among workers that each run one trial at a time.

@@ -81,7 +81,8 @@ def write_records(
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The best COMPLETE trial, the first of equals, or with several objectives the Pareto front in order of numbers.
 
-    Trials with a violated constraint do not count.
+    Trials with a violated constraint do not count, nor do segments of population based training that others are longer
+    than: their weights are not what the training ends with.
 
     Returns:
         An empty list when there is none.
@@ -92,6 +93,8 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     better = _lower_is_better(0, study.direction)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     feasible = [trial for trial in trials if all(value <= 0 for value in trial.constraints.values())]
+    longest = max((trial.user_attrs.get("until", 0) for trial in feasible), default=0)
+    feasible = [trial for trial in feasible if trial.user_attrs.get("until", 0) == longest]
     return sorted(feasible, key=lambda trial: (better(trial), trial.number))[:1]
 
 

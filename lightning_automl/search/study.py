@@ -17,6 +17,7 @@ import math
 import random
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_automl.mistakes import one_sentence
 from lightning_automl.rundir import UserError
 from lightning_automl.rundir import differences as config_differences
-from lightning_automl.search.candidates import Candidate, Infeasible, Limits, TrialFailed
+from lightning_automl.search.candidates import Candidate, Infeasible, Limits, Misconfigured, TrialFailed, Unfinished
 from lightning_automl.search.spaces import Space, differences
 from lightning_automl.search.storages import is_disk_full, telling_full_disks
 from lightning_automl.search.workers import (
@@ -53,7 +54,8 @@ from lightning_automl.search.workers import (
     working,
 )
 
-__all__ = ["Candidate", "Infeasible", "StudyFailed", "TrialFailed", "derived_seed", "open_study", "search"]
+__all__ = ["Candidate", "Infeasible", "Misconfigured", "StudyFailed", "TrialFailed", "Unfinished"]
+__all__ += ["derived_seed", "identifier", "open_study", "search"]
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ def open_study(
             "leave the pruner out, or give one monitor"
         )
     pruner = pruner or NopPruner()
-    own = json.loads(json.dumps({"space": space.describe(), "identity": dict(identity or {})}))
+    own = json.loads(json.dumps({"space": space.describe(), "identity": dict(identity or {}), "id": uuid.uuid4().hex}))
     with telling_full_disks():
         try:
             study = optuna.create_study(
@@ -143,6 +145,11 @@ def open_study(
             stored = study.user_attrs[_DESCRIPTION]
         _compare(name, [each.name.lower() for each in study.directions], stored, list(directions), own)
     return study, False
+
+
+def identifier(study: optuna.Study) -> str:
+    """What no other study has, of whatever name and storage."""
+    return str(study.user_attrs[_DESCRIPTION]["id"])
 
 
 def _description(study: optuna.Study, patience: float) -> dict[str, Any] | None:
@@ -445,7 +452,8 @@ class _Search:
     def _end(self, future: Future[Any]) -> None:
         candidate = self.futures[future]
         error = future.exception()
-        if error is not None and (not isinstance(error, Exception) or is_disk_full(error)):
+        ends_all = isinstance(error, Misconfigured) or not isinstance(error, Exception)
+        if error is not None and (ends_all or is_disk_full(error)):
             raise error  # it stays among the running ones, which are lost
         state, values, reason = self._outcome(candidate, future)
         if state is None:
@@ -475,6 +483,8 @@ class _Search:
                 return None, None, candidate.stopping
             where = f"pruned at step {candidate.pruned_at}" if candidate.pruned_at is not None else "pruned"
             return TrialState.PRUNED, None, str(error) or where
+        if isinstance(error, Unfinished):
+            return None, None, candidate.stopping or str(error)
         if isinstance(error, Infeasible):
             return TrialState.PRUNED, None, f"infeasible: {one_sentence(error)}"
         if error is not None:
@@ -516,6 +526,9 @@ class _Search:
         if state is not None:
             self.own.append((state, reason))
         self._changed(number)
+        refused = [reason for _, reason in self.own if reason.startswith("infeasible: ")]
+        if len(refused) == len(self.own) == _MOST_FAILED:
+            raise StudyFailed(f"all of {len(refused)} trials are {_commonest(refused)}")
         failures = [reason for state, reason in self.own if state == TrialState.FAIL]
         number_of_own = len(self.own)
         if (number_of_own >= _ALL_FAILED and len(failures) == number_of_own) or (
@@ -529,12 +542,13 @@ class _Search:
 
     def _judge_end(self) -> None:
         trials = self.study.get_trials(deepcopy=False)
-        if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) for trial in trials):
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        if any(trial.state in states and not trial.user_attrs.get("infeasible") for trial in trials):
             return
         failures = [
             str(trial.user_attrs.get("reason", "unknown"))
             for trial in trials
-            if trial.state == TrialState.FAIL and not is_lost(trial)
+            if trial.state.is_finished() and not is_lost(trial)
         ]
         if failures:
             raise StudyFailed(f"all {len(failures)} trials failed, most often: {_commonest(failures)}")

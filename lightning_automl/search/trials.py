@@ -42,8 +42,6 @@ DYING = 30.0
 #: How many ports are tried when they turn out to be taken.
 PORTS = 4
 
-DIED = "the trial server died"
-INTERRUPTED = "interrupted"
 
 #: How the libraries are told how many threads to use; read when they are loaded.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -72,16 +72,22 @@ class TrialConfigs:
 
     def of_trial(self, values: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the trial's run: the same, but the test split stays closed."""
-        config = copy.deepcopy(self.trained(values, attributes))
+        config = shared_cache(self.trained(values, attributes), self.directory)
         config["test_after_fit"] = False
         config["trainer"]["enable_progress_bar"] = False
-        arguments = (config.get("data") or {}).get("init_args") or {}
-        if arguments.get("cache") == "auto":
-            arguments["cache"] = str(self.directory.resolve() / "cache")
         return config
 
     def _optimizer_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {self.space.parameters[name].path.removeprefix(_OPTIMIZER): value for name, value in values.items()}
+
+
+def shared_cache(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The config with images that are decoded once for all runs of a study, if they are kept on disk."""
+    changed = copy.deepcopy(dict(config))
+    arguments = (changed.get("data") or {}).get("init_args") or {}
+    if arguments.get("cache") == "auto":
+        arguments["cache"] = str(directory.resolve() / "cache")
+    return changed
 
 
 def of_fold(config: Mapping[str, Any], fold: int, folds: int) -> dict[str, Any]:
@@ -92,11 +98,13 @@ def of_fold(config: Mapping[str, Any], fold: int, folds: int) -> dict[str, Any]:
 def of_seed(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The config of a run on train and val together with a seed, which opens the test split once at its end.
 
-    The last epoch counts: there is no split left by which another could be chosen.
+    The last epoch counts: there is no split left by which another could be chosen, or training be stopped early.
     """
     final = _with_data(config, train_on_val=True)
     final |= {"seed_everything": seed, "test_after_fit": True}
     final["trainer"]["limit_val_batches"] = 0
+    callbacks = final["trainer"].get("callbacks") or []
+    final["trainer"]["callbacks"] = [each for each in callbacks if not each["class_path"].endswith(".EarlyStopping")]
     return final
 
 

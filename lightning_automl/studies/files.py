@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import optuna
 import yaml
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from lightning_automl.rundir import write_text
@@ -81,7 +82,7 @@ class StudyFiles:
 
     def changed(self, trial: FrozenTrial) -> None:
         """Take notice of a trial that has ended."""
-        best = best_trials(self.study)
+        best = self.best()
         done = sum(counts(each) and each.state.is_finished() for each in self.study.get_trials(deepcopy=False))
         top = ""
         if len(best) == 1:
@@ -106,8 +107,7 @@ class StudyFiles:
     def write(self, final: bool = True) -> None:
         """Write the tables; the importances that take long only at the end."""
         start = time.monotonic()
-        best = best_trials(self.study)
-        if best:
+        if best := self.best():
             self._write_best(best[0])
         write_records(
             self.study,
@@ -119,6 +119,11 @@ class StudyFiles:
             fanova=final,
         )
         self._due = time.monotonic() + max(2.0, _REST * (time.monotonic() - start))
+
+    def best(self) -> list[FrozenTrial]:
+        """The best trial; with several objectives the Pareto front, the best by the first monitor first."""
+        sign = 1 if self.study.directions[0] == StudyDirection.MINIMIZE else -1
+        return sorted(best_trials(self.study), key=lambda trial: (sign * trial.values[0], trial.number))
 
     def config_of(self, trial: FrozenTrial) -> dict[str, Any]:
         """What ``best.yaml`` would hold if this trial were the best."""
@@ -132,6 +137,8 @@ class StudyFiles:
         path = self.directory / "best.yaml"
         command = f"lightning-automl fit --config {shlex.quote(str(path))}"
         about = f"Trial {trial.number} of study {self.study.study_name}: {self._values(trial, '.6g')}"
+        if len(self.monitors) > 1:
+            about += f"; the best {self.monitors[0]} on the Pareto front"
         config = yaml.safe_dump(self.config_of(trial), sort_keys=False, allow_unicode=True)
         write_text(path, f"# {command}\n# {about}\n{config}")
         self._best = trial.number

@@ -15,7 +15,7 @@ import yaml
 from lightning_automl.rundir import UserError, read_json, write_json, write_text
 from lightning_automl.search.devices import Slice
 from lightning_automl.search.trials import TrialServer
-from lightning_automl.studies.configs import of_seed
+from lightning_automl.studies.configs import of_seed, shared_cache
 
 log = logging.getLogger("lightning_automl")
 
@@ -38,11 +38,11 @@ def retrain(
     Args:
         server: Makes the processes.
         config: The best config, a resolved fit config.
-        directory: Of the study; the runs are in ``retrain/seed-N``.
+        directory: Of the study; the runs are in ``retrain/trial-N/seed-N``.
         seeds: Of the runs.
         slices: Devices and threads of each worker; so many runs are trained at once.
         ranks: Processes of a run.
-        trial: The number of the trial that the config is of, for the record.
+        trial: The number of the trial that the config is of.
         silence: Seconds without a sign of life after which a run is killed.
 
     Returns:
@@ -60,17 +60,11 @@ def retrain(
         free.put(each)
 
     def train(seed: int) -> dict[str, Any]:
-        place = directory / "retrain" / f"seed-{seed}"
-        wanted = of_seed(config, seed)
-        kept = place / "wanted.json"
-        if read_json(kept) not in (None, wanted):
-            raise UserError(
-                f"{place} was trained with another config than the best one now; remove {place.parent} to retrain it"
-            )
+        place = directory / "retrain" / f"trial-{trial:04d}" / f"seed-{seed}"
         if (read_json(place / "summary.json") or {}).get("status") != "finished":
             if not (place / "config.yaml").exists():
-                write_text(place / "config.yaml", yaml.safe_dump(wanted, sort_keys=False))
-                write_json(kept, wanted)
+                own_config = of_seed(shared_cache(config, directory), seed)
+                write_text(place / "config.yaml", yaml.safe_dump(own_config, sort_keys=False))
             own = free.get()
             try:
                 ending = server.run(
@@ -78,7 +72,7 @@ def retrain(
                     ranks=ranks,
                     threads=own.threads,
                     log=place / "output.txt",
-                    environment={"CUDA_VISIBLE_DEVICES": ",".join(own.gpus)} if own.gpus else {},
+                    environment=own.environment,
                     on_message=lambda message: None,
                     silence=silence,
                     timeout=None,
@@ -109,6 +103,12 @@ def retrain(
     }
     write_json(directory / "retrain.json", record)
     return record
+
+
+def times_opened(directory: Path) -> int:
+    """How often retrained runs of a study have opened the test split."""
+    summaries = (directory / "retrain").glob("*/*/summary.json")
+    return sum(int(read_json(path).get("test_opened", 0)) for path in summaries)
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Scoring a candidate by a run, or by one run a fold, of processes of the trial server."""
 
+import errno
 import math
 import os
 import shutil
@@ -10,17 +11,19 @@ from typing import Any
 import optuna
 import yaml
 
-from lightning_automl.rundir import write_text
+from lightning_automl.rundir import DiskFullError, write_text
 from lightning_automl.search.devices import Slice
-from lightning_automl.search.study import Candidate, Infeasible, TrialFailed
+from lightning_automl.search.study import Candidate, Infeasible, Misconfigured, TrialFailed, Unfinished
 from lightning_automl.search.trials import Ending, TrialServer
 from lightning_automl.studies.configs import TrialConfigs, of_fold
 
 #: What the trial server calls in each rank; a name, since it stands above this floor.
 RANK = "lightning_automl.trial:run"
 
-#: Objectives that a run does not have to be trained for; ``trial.py`` measures them.
+#: Objectives that are no metric of the network's outputs, the smaller the better; latency in milliseconds.
 COSTS = ("parameters", "flops", "latency")
+
+_LAST = Path("checkpoints", "last.ckpt")
 
 
 class FitTrials:
@@ -70,57 +73,79 @@ class FitTrials:
             optuna.TrialPruned: If a report was answered by a stop.
             Infeasible: If the network, the data module or the trainer refuse the values.
             TrialFailed: If the run failed; the reason names its log.
+            Unfinished: If a segment of population based training was stopped by a limit.
+            Misconfigured: If nothing logs the monitor, or the directory is of another study.
+            DiskFullError: If the run found no space left.
         """
         config = self.configs.of_trial(candidate.values, candidate.attributes)
         place = self.directory / candidate.attributes["directory"]
         if self.folds is None:
             return self._values(self._whole(candidate, config, place), place)
         write_text(place / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        values = []
+        candidate.counts_itself = True  # a report is a fold's
+        results: list[dict[str, float]] = []
         for fold in range(self.folds):
-            values.append(self._fold(candidate, of_fold(config, fold, self.folds), place / f"fold-{fold}"))
-            means = [math.fsum(column) / len(values) for column in zip(*values, strict=True)]
-            if candidate.report(fold + 1, values[-1][0], last=fold + 1 == self.folds):
+            own = of_fold(config, fold, self.folds)
+            results.append(self._fold(candidate, own, place / f"fold-{fold}"))
+            values = self._values(results[-1], place)
+            if candidate.report(fold + 1, values[0], last=fold + 1 == self.folds):
                 raise optuna.TrialPruned(f"pruned after fold {fold + 1} of {self.folds}")
-        return means
+        common = [name for name in results[0] if all(name in each for each in results)]
+        means = {name: math.fsum(each[name] for each in results) / len(results) for name in common}
+        candidate.note(**means)
+        return self._values(means, place)
 
     def _whole(self, candidate: Candidate, config: dict[str, Any], place: Path) -> dict[str, float]:
         """Train one run that is pruned by its epochs; return its metrics."""
         until = candidate.attributes.get("until")  # of population based training: the trial is a segment of a run
-        values: list[float] = []
-
         longest = until or config["trainer"].get("max_epochs") or -1
 
         def report(step: int, value: float) -> bool:
-            values.append(value)
             return candidate.report(step, value, last=step == longest) or step == until
 
-        before, parent = candidate.attributes.get("retry_of"), candidate.attributes.get("parent")
-        if before is not None and self.place(before).exists():
-            _take_over(self.place(before), place)
-        elif parent is not None:
+        parent = candidate.attributes.get("parent")
+        self._go_on(candidate, place)
+        if parent is not None and not (place / _LAST).exists():
             _take_over(self.place(parent), place, only=("last.ckpt",))
         # What the run that is continued had reported is known of it, but is no part of a segment.
         replay = candidate.replay if parent is None else None
         result = self._run(candidate, config, place, report, replay)
-        if until is not None:
-            if not values:  # killed after its last epoch
-                values = [value for step, value in result["history"] if step == until]
-            return {**result["metrics"], self.monitors[0]: values[-1]}
+        metrics: dict[str, float] = result["metrics"]
+        candidate.note(**metrics)
+        if until is None:
+            if result["status"] == "pruned":
+                raise optuna.TrialPruned
+            return metrics
+        step, value = result["history"][-1] if result["history"] else (0, math.nan)
+        if step != until:
+            message = f"the run ended after epoch {step} of a segment that goes to {until}"
+            raise Unfinished(message) if candidate.stopping else TrialFailed(message)
+        return {**metrics, self.monitors[0]: value}
+
+    def _fold(self, candidate: Candidate, config: dict[str, Any], place: Path) -> dict[str, float]:
+        """Train one fold; return its metrics."""
+        longest = config["trainer"].get("max_epochs")
+        self._go_on(candidate, place)
+        result = self._run(
+            candidate, config, place, lambda step, value: candidate.trained(value) and step != longest, None
+        )
         if result["status"] == "pruned":
             raise optuna.TrialPruned
         metrics: dict[str, float] = result["metrics"]
         return metrics
 
-    def _fold(self, candidate: Candidate, config: dict[str, Any], place: Path) -> list[float]:
-        """Train one fold; return its values."""
+    def _go_on(self, candidate: Candidate, place: Path) -> None:
+        """Let a trial that is tried again go on from the newest of those before it that has left a checkpoint."""
+        inside = place.relative_to(self.directory / candidate.attributes["directory"])
+        if place.exists() and (place / _LAST).exists():
+            raise Misconfigured(f"{place} holds a trial of another study; give the former --storage, or another --dir")
         before = candidate.attributes.get("retry_of")
-        if before is not None and (self.place(before) / place.name).exists():
-            _take_over(self.place(before) / place.name, place)
-        result = self._run(candidate, config, place, lambda step, value: candidate.trained(value), None)
-        if result["status"] == "pruned":
-            raise optuna.TrialPruned
-        return self._values(result["metrics"], place)
+        while before is not None:
+            source = self.place(before) / inside
+            if (source / _LAST).exists():
+                _take_over(source, place)
+                return
+            before = candidate.trial.study.get_trials(deepcopy=False)[before].user_attrs.get("retry_of")
 
     def place(self, number: int) -> Path:
         """The directory of a trial."""
@@ -178,7 +203,7 @@ class FitTrials:
             ranks=self.ranks,
             threads=own.threads,
             log=place / "output.txt",
-            environment={"CUDA_VISIBLE_DEVICES": ",".join(own.gpus)} if own.gpus else {},
+            environment=own.environment,
             on_message=answer,
             silence=self.silence,
             timeout=self.limit,
@@ -188,8 +213,8 @@ class FitTrials:
             assert ending.result is not None
             if replay is not None and not started:  # it had finished before
                 replay([(step, value) for step, value in ending.result["history"]])
-            candidate.note(**{name: value for name, value in ending.result["metrics"].items() if value is not None})
-            return ending.result
+            found = ending.result["metrics"]
+            return {**ending.result, "metrics": {name: value for name, value in found.items() if value is not None}}
         raise _failure(ending, started, place)
 
 
@@ -210,6 +235,10 @@ def directory_of(number: int) -> str:
 
 def _failure(ending: Ending, started: bool, place: Path) -> Exception:
     """What a failed run means: that its values cannot be built, or a sentence and where to read more."""
+    if ending.exception == "DiskFullError":
+        return DiskFullError(errno.ENOSPC, ending.reason)
+    if ending.exception == "UnknownMetricError":
+        return Misconfigured(ending.reason)
     if ending.exception in ("UserError", "MisconfigurationException") and not started:
         return Infeasible(ending.reason)
     memory = ending.exception in ("OutOfMemoryError", "MemoryError") or "out of memory" in ending.reason.lower()
