@@ -55,7 +55,8 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
     if (classes or keys) and (
         found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text)
     ):
-        return f"{keys}: class_path {classes[-1] if classes else ''} cannot be imported: {found[1]}"
+        named = classes[-1] if classes and classes[-1].rsplit(".", 1)[-1] in found[1] else ""
+        return f"{keys}: {f'class_path {named} ' if named else 'a class '}cannot be imported: {found[1]}"
     if found := re.search(r"arguments are required: (.+)", text):
         whose = f" of {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
         return f"missing: {found[1].removeprefix('fit.')}{whose}; give it in the config or on the command line"
@@ -109,6 +110,7 @@ def _one_line(text: str) -> str:
 def _unknown(name: str, kind: str, known: Iterable[str]) -> str:
     """`unknown argument of ResNet: 'widht'; did you mean 'width'? known: depth, width`."""
     names = sorted(set(known))
+    names = [each for each in names if each != "params"]  # of an optimizer, which the task fills in
     near = get_close_matches(name, names, 3, 0.6) or [each for each in names if each.rsplit(".", 1)[-1] == name][:3]
     hint = f"; did you mean {' or '.join(repr(each) for each in near)}?" if near else ""
     listed = f"{'' if hint else ';'} known: {', '.join(names)}" if names and len(names) <= 20 else ""

@@ -69,6 +69,9 @@ _LOCAL = (
     "trainer.enable_progress_bar",
 )
 
+#: Keys of a run by which the search gives trials their processes and devices.
+_NOT_SEARCHED = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator")
+
 #: What the sampler is told by the search, and so does not have to be given.
 _FILLED = {"search_space", "total"}
 
@@ -143,7 +146,10 @@ class Search:
         try:
             self.given = self.parser.parse_args(own)
         except jsonargparse.ArgumentError as error:
-            raise UserError(one_sentence(error, self.parser)) from error
+            sentence = one_sentence(error, self.parser)
+            if re.match(r"unknown key '(model|data|trainer)\.", sentence):
+                sentence = f"this is a fit config ({sentence.split(';')[0]}); name it under run: in a search config"
+            raise UserError(sentence) from error
         given = self.given
         files = [Path(str(path)) for path in given.config or []]
         if given.run is None and not files and given.dir is not None:
@@ -156,6 +162,8 @@ class Search:
             raise UserError(f"workers is {given.workers}; it must be 1 or more")
         if given.folds is not None and given.folds < 2:
             raise UserError(f"folds is {given.folds}; it must be 2 or more")
+        if given.retrain < 0:
+            raise UserError(f"retrain is {given.retrain}; give the number of seeds, or 0 for none")
         for key in ("trials", "epochs"):
             if given[key] is not None and given[key] < 1:
                 raise UserError(f"{key} is {given[key]}; it must be 1 or more")
@@ -170,6 +178,11 @@ class Search:
         if isinstance(given.space, str):
             given.space = _space_of(_beside(given.space, files, "space"))
         self.space = Space.parse(_plain(given.space))
+        for name, parameter in self.space.parameters.items():
+            if parameter.path.startswith(_NOT_SEARCHED):
+                raise UserError(f"{name}: {parameter.path} cannot be searched, since trials share the devices; fix it")
+        if self._is(BruteForceSampler):
+            self.space.check_finite()
         for values in _plain(given.enqueue or []):
             self.space.encode(values)  # refuses what is not of the space
         if not self._limited():
@@ -246,8 +259,11 @@ class Search:
         built = [base if given.folds is None else of_fold(base, 0, given.folds)]
         if given.retrain:
             built.append(of_seed(base, given.seed))
-        configs = [self.configs.of_trial(values, {}) for values in _covering(self.space)]
-        self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=configs, built=built)
+        _check_paths(self.base, self.space)
+        unchanged = self.space.values_in(self.base)
+        sampled = [self.configs.of_trial(values, {}) for values in (unchanged, *_covering(self.space))]
+        found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=sampled, built=built)
+        self.unchanged = self._unchanged(unchanged, differences(base, found["resolved"][0]))
         if self.dry:
             self._show()
             return
@@ -256,6 +272,25 @@ class Search:
             self.configs.directory = self.directory
         self._settle()
         self._search(resolved["environment"])
+
+    def _unchanged(self, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The values of the run as it is, or None if the space does not contain them."""
+        missing = [
+            name
+            for name, parameter in self.space.parameters.items()
+            if name not in values and parameter.active(values, self.space.parameters)
+        ]
+        # One class may have a short and a long path.
+        changes = {
+            key: pair
+            for key, pair in changes.items()
+            if not (key.endswith("class_path") and len({str(each).rsplit(".", 1)[-1] for each in pair}) == 1)
+        }
+        if not missing and not changes:
+            return values
+        where = ", ".join(missing) or next(iter(changes))
+        log.info("the run as it is lies outside of the space (%s) and is not tried", where)
+        return None
 
     def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
         """Let a process of the trial server answer; its mistakes are the user's."""
@@ -395,7 +430,7 @@ class Search:
         kept = read_json(path)
         if kept is None:
             write_json(path, {**environment, "command": sys.argv, "study": identifier(study)})
-        elif kept["study"] != identifier(study):
+        elif kept.get("study") != identifier(study):
             raise UserError(
                 f"{self.directory} holds trials of another study than {self.name!r} in {self.url}; give the former "
                 "--storage, or another --dir"
@@ -508,7 +543,7 @@ class Search:
 
     def record(self) -> dict[str, Any]:
         """What ``study.json`` says of the search."""
-        return self._resolved() | {"enqueued_default": self.given.enqueue is None and any(self._first())}
+        return self._resolved() | {"enqueued_default": self.given.enqueue is None and bool(self._first())}
 
     def _limited(self) -> bool:
         given = self.given
@@ -518,9 +553,9 @@ class Search:
     def _first(self) -> list[dict[str, Any]]:
         """The values to try first."""
         if self.given.enqueue is None:
-            if self._is(GridSampler) or self._is(BruteForceSampler):
-                return []  # they come to it
-            return [self.space.values_in(self.base)]
+            # A grid comes to it by itself.
+            left_out = self._is(GridSampler) or self._is(BruteForceSampler) or self.unchanged is None
+            return [] if left_out else [self.unchanged or {}]
         default = self.space.values_in(self.base)
         return [self.space.encode(values) if values else default for values in map(_plain, self.given.enqueue)]
 
@@ -528,12 +563,11 @@ class Search:
         given = self.given
         limits = [f"{given[key]} {key}" for key in ("trials", "epochs") if given[key]]
         limits += [f"{given.timeout} of time"] if self.timeout else []
-        processes = f" of {self.ranks} processes" if self.ranks > 1 else ""
         told = (
-            f"{' or '.join(limits) or 'all of the space'}; {given.workers} trial(s){processes} at once, "
-            f"{self.slices[0].threads} thread(s) a process"
+            f"{' or '.join(limits) or 'all of the space'}; {_counted(given.workers, 'trial')} at once, of "
+            f"{_counted(self.ranks, 'process', 'processes')} with {_counted(self.slices[0].threads, 'thread')} each"
         )
-        return f"{told}; {existing} trials are there already" if existing else told
+        return f"{told}; {_counted(existing, 'trial')} before" if existing else told
 
     def _show(self) -> None:
         """Print three configs as they would be tried."""
@@ -541,7 +575,7 @@ class Search:
         for number in range(3):
             values = self.space.suggest(study.ask())
             print(f"# config {number}: {', '.join(f'{name}={value}' for name, value in values.items())}")
-            for key, (_, value) in differences(self.base, self.configs.trained(values, {})).items():
+            for key, (_, value) in differences(self.configs.trained({}, {}), self.configs.trained(values, {})).items():
                 print(f"{key}: {yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
             print()
         print("nothing was trained")
@@ -560,6 +594,30 @@ def seconds_of(key: str, text: str | float | None) -> float | None:
     if value <= 0:
         raise UserError(f"{key} is {text!r}; give a time above zero as 90s, 30m or 2h")
     return value
+
+
+def _counted(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
+def _check_paths(base: Mapping[str, Any], space: Space) -> None:
+    """Refuse a path that leads nowhere in the run; arguments of classes are left to the parser, which knows them."""
+    for name, parameter in space.parameters.items():
+        place: Any = base
+        for key in parameter.keys:
+            if not isinstance(place, Mapping):
+                break  # an element of a list, or within a value that another one replaces
+            wrong = key not in ("class_path", "init_args", "dict_kwargs") if "class_path" in place else place is base
+            if key not in place and wrong:
+                keys = list(flatten(base))
+                last = parameter.path.rsplit(".", 1)[-1]
+                near = [each for each in keys if each.endswith(f".{last}")] or get_close_matches(
+                    parameter.path, keys, 2
+                )
+                hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
+                without = "; a name without path: is the path itself" if name == parameter.path else ""
+                raise UserError(f"space: {parameter.path} is no key of the run{hint}{without}")
+            place = place.get(key)
 
 
 def _beside(name: str, files: Sequence[Path], key: str) -> Path:
@@ -678,7 +736,7 @@ def _plain(value: Any) -> Any:
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
     see_working_directory()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # CmaEsSampler warns at each conditional parameter
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, _interrupt)

@@ -94,13 +94,18 @@ def _ranks(trainer: dict[str, Any], gpus: int) -> int:
 
 
 def _check(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Read ``configs`` and build what is in those of ``built``; the first mistake in one is raised."""
+    """Read ``configs`` and build what is in those of ``built``; the first mistake in one is raised.
+
+    Returns:
+        ``resolved``: those of ``configs``.
+    """
     path = Path(payload["file"])
+    resolved = []
     for name, reader in (("configs", _Reader), ("built", _Builder)):
         for config in payload[name]:
             path.write_text(yaml.safe_dump(config))
-            reader.resolved(["--config", str(path)])
-    return {}
+            resolved.append(reader.resolved(["--config", str(path)]))
+    return {"resolved": resolved[: len(payload["configs"])]}
 
 
 class _Builder(_Reader):

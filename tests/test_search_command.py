@@ -405,6 +405,15 @@ BAD = {
     "kind of storage": ({"storage": "postgrse://x"}, "storage"),
     "name in enqueue": ({"enqueue": [{"rl": 1}]}, "'rl'"),
     "direction": ({"direction": "up"}, "up"),
+    "path without init_args": (
+        {"space": {"lr": {"float": [0, 1], "path": "model.optimizer.lr"}}},
+        "did you mean model.init_args.optimizer.init_args.lr",
+    ),
+    "name that is no path": ({"space": {"lr": {"float": [0, 1]}}}, "a name without path: is the path itself"),
+    "devices in the space": ({"space": {"d": {"choice": [1], "path": "trainer.devices"}}}, "trainer.devices"),
+    "endless grid": ({"sampler": {"class_path": "BruteForceSampler"}}, "without end"),
+    "seeds": ({"retrain": -1}, "retrain is -1"),
+    "fit config": ({"model": {"class_path": "x"}}, "fit config"),
     "cost": ({"monitor": ["val_accuracy", "paramters"]}, "did you mean 'parameters'"),
     "costs alone": ({"monitor": "latency"}, "give a metric"),
     "the test split": ({"monitor": "test_accuracy"}, "must not see the test split"),
@@ -462,6 +471,24 @@ def test_a_monitor_that_nothing_logs_ends_the_search_with_what_is_logged(searche
     assert answer.status == 2
     assert "'val_acuracy'" in answer.err
     assert "val_accuracy" in answer.err
+
+
+@pytest.mark.slow
+def test_a_run_outside_of_the_space_is_not_called_unchanged(searched, tmp_path):
+    run, path = run_of(epochs=1), "model.init_args.scheduler"
+    written = {"class_path": "WarmupCosineLR"}
+    other = {"class_path": "WarmupCosineLR", "init_args": {"warmup": 0.5}}
+    for name, space, first in (
+        ("within", LR | {"schedule": {"choice": [None, written, other], "path": path}}, True),
+        ("range", {"lr": {"log_float": [0.2, 1.0], "path": f"{OPTIMIZER}.lr"}}, False),
+        ("choice", LR | {"schedule": {"choice": [None, other], "path": path}}, False),
+    ):
+        assert searched(directory=name, run=run, space=space, trials=1).status == 0
+        record = json.loads((tmp_path / name / "study.json").read_text())
+        assert record["search"]["enqueued_default"] is first
+        config = yaml.safe_load((tmp_path / name / "trials/0000/config.yaml").read_text())["model"]["init_args"]
+        as_it_was = config["optimizer"]["init_args"]["lr"] == 0.1 and "warmup: 0.05" in yaml.safe_dump(config)
+        assert as_it_was is first
 
 
 @pytest.mark.slow

@@ -214,6 +214,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self._start = (0, 0)  # epoch and batches of it done before this run
         self._epoch: int | None = None  # of the newest train batch of this run
         self._seed = 0
+        self._generator: Tensor | None = None  # the state of torch's generator before the training
 
     @abstractmethod
     def index(self) -> Index:
@@ -241,8 +242,14 @@ class ImageDataModule(LightningDataModule, ABC):
         """Read all images, measure the train split and look for images that are in two splits."""
         if stage in (None, "fit"):
             self._start, self._epoch = (0, 0), None
+            self._generator = torch.get_rng_state()
         if not self.datasets:
             self._read_all()
+
+    def teardown(self, stage: str) -> None:
+        """Give torch's generator back as it was: the next network of a script does not begin as the last one did."""
+        if stage == "fit" and self._generator is not None:
+            torch.set_rng_state(self._generator)
 
     def _read_all(self) -> None:
         start = time.monotonic()

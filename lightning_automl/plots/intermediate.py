@@ -40,7 +40,7 @@ def intermediate_values(
         best: Place in ``curves`` of the best trial, drawn last and thick.
 
     Returns:
-        The figure. Its upward axis shows where most trials end, and the best values; lines may begin beyond.
+        The figure. Its upward axis leaves out one in twenty values, the worst, if they are far from all others.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -67,8 +67,8 @@ def intermediate_values(
         handles.append(Line2D([0, 1], [0, 0], label="best", **style))
     peak = max if maximize else min
     complete = [peak(value for _, value in line) for line, state in drawn if line and state == "complete"]
-    ends = [line[-1][1] for line, _ in drawn if line]
-    ValueScale.of(complete, maximize, ends, shown=0.6).apply(axes.yaxis)
+    every = [value for line, _ in drawn for _, value in line]
+    ValueScale.of(complete, maximize, every, shown=0.95).apply(axes.yaxis)
     axes.set_xlabel(unit)
     axes.set_ylabel(name, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -124,6 +124,9 @@ class Parameter:
         for index, (written, encoded) in enumerate(zip(self.choices, self.distribution.choices, strict=True)):
             if _same(value, written) or _same(value, encoded):
                 return index
+        if isinstance(value, Mapping) and "class_path" in value:  # a resolved config spells out all arguments
+            like = [index for index, choice in enumerate(self.choices) if _is_short_for(choice, value)]
+            return like[0] if len(like) == 1 else None
         if self.names_class and isinstance(value, str):
             ends = [str(choice).rsplit(".", 1)[-1] for choice in self.choices]
             if ends.count(end := value.rsplit(".", 1)[-1]) == 1:
@@ -254,6 +257,11 @@ class Space:
         """
         return {name: _all_values(parameter) for name, parameter in self.parameters.items()}
 
+    def check_finite(self) -> None:
+        """Raise a UserError if a parameter has no end of values, and so cannot be gone through."""
+        for parameter in self.parameters.values():
+            _all_values(dataclasses.replace(parameter, when={}))
+
     def describe(self) -> dict[str, Any]:
         """The space as JSON, to be kept with a study and compared by `differences`; `parse` reads it back."""
         return {name: parameter.describe() for name, parameter in self.parameters.items()}
@@ -363,6 +371,18 @@ def _get(node: Any, keys: Sequence[str]) -> Any:
         else:
             raise LookupError(key)
     return node
+
+
+def _is_short_for(choice: Any, spec: Mapping[str, Any]) -> bool:
+    """Whether a choice names the class of a resolved ``spec``, and no argument that differs."""
+    if isinstance(choice, str):
+        choice = {"class_path": choice}
+    if not isinstance(choice, Mapping) or "class_path" not in choice:
+        return False
+    ends = [str(each["class_path"]).rsplit(".", 1)[-1] for each in (choice, spec)]
+    arguments = spec.get("init_args") or {}
+    given = choice.get("init_args") or {}
+    return ends[0] == ends[1] and all(_same(arguments.get(name), value) for name, value in given.items())
 
 
 def _has(config: Mapping[str, Any], parameter: Parameter, value: Any) -> bool:

@@ -551,7 +551,8 @@ class _Search:
             if trial.state.is_finished() and not is_lost(trial)
         ]
         if failures:
-            raise StudyFailed(f"all {len(failures)} trials failed, most often: {_commonest(failures)}")
+            several = f"all {len(failures)} trials" if len(failures) > 1 else "the only trial"
+            raise StudyFailed(f"{several} failed, most often: {_commonest(failures)}")
         raise StudyFailed(f"no trial was scored; {self.limits.reached() or 'there was none to score'}")
 
     # ---- lost trials

@@ -89,7 +89,7 @@ class StudyFiles:
             top = f"best {best[0].values[0]:.4g} (trial {best[0].number})"
         elif best:
             top = f"{len(best)} on the front"
-        parts = [f"trial {trial.number} {trial.state.name}", self._values(trial, ".4g"), trial.user_attrs.get("reason")]
+        parts = [f"trial {trial.number} {trial.state.name}", self._values(trial, 4), trial.user_attrs.get("reason")]
         log.info(
             "%d%s: %s (%.0f s)%s",
             done,
@@ -129,16 +129,20 @@ class StudyFiles:
         """What ``best.yaml`` would hold if this trial were the best."""
         return self.configs.trained(trial.params, trial.user_attrs)
 
-    def _values(self, trial: FrozenTrial, form: str) -> str:
+    def _values(self, trial: FrozenTrial, digits: int) -> str:
         values = trial.values or ()
-        return ", ".join(f"{name} {value:{form}}" for name, value in zip(self.monitors, values, strict=False))
+        return ", ".join(f"{name} {_number(value, digits)}" for name, value in zip(self.monitors, values, strict=False))
 
     def _write_best(self, trial: FrozenTrial) -> None:
         path = self.directory / "best.yaml"
         command = f"lightning-automl fit --config {shlex.quote(str(path))}"
-        about = f"Trial {trial.number} of study {self.study.study_name}: {self._values(trial, '.6g')}"
+        about = f"Trial {trial.number} of study {self.study.study_name}: {self._values(trial, 6)}"
         if len(self.monitors) > 1:
             about += f"; the best {self.monitors[0]} on the Pareto front"
         config = yaml.safe_dump(self.config_of(trial), sort_keys=False, allow_unicode=True)
         write_text(path, f"# {command}\n# {about}\n{config}")
         self._best = trial.number
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.{digits}g}"

@@ -99,7 +99,10 @@ def retrain(
         "config": "best.yaml",
         "seeds": list(seeds),
         "runs": runs,
-        "metrics": {name: mean_over_seeds([run["metrics"][name] for run in runs]) for name in names},
+        "metrics": {
+            name: mean_over_seeds([run["metrics"][name] for run in runs], bounded=not name.endswith("loss"))
+            for name in names
+        },
     }
     write_json(directory / "retrain.json", record)
     return record
@@ -111,8 +114,13 @@ def times_opened(directory: Path) -> int:
     return sum(int(read_json(path).get("test_opened", 0)) for path in summaries)
 
 
-def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation and Student's 95 % interval of a metric over seeds; no interval of a single one."""
+def mean_over_seeds(values: Sequence[float], bounded: bool = False) -> dict[str, float]:
+    """Mean, standard deviation and Student's 95 % interval of a metric over seeds; no interval of a single one.
+
+    Args:
+        values: One a seed.
+        bounded: Whether the metric lies in [0, 1], so that the interval does too.
+    """
     from scipy.stats import t
 
     mean, count = math.fsum(values) / len(values), len(values)
@@ -120,7 +128,10 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
         return {"mean": mean, "std": math.nan, "low": math.nan, "high": math.nan, "n": count}
     spread = statistics.stdev(values)
     half = float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
-    return {"mean": mean, "std": spread, "low": mean - half, "high": mean + half, "n": count}
+    low, high = mean - half, mean + half
+    if bounded:
+        low, high = max(0.0, low), min(1.0, high)
+    return {"mean": mean, "std": spread, "low": low, "high": high, "n": count}
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

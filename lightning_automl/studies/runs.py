@@ -74,7 +74,7 @@ class FitTrials:
             Infeasible: If the network, the data module or the trainer refuse the values.
             TrialFailed: If the run failed; the reason names its log.
             Unfinished: If a segment of population based training was stopped by a limit.
-            Misconfigured: If nothing logs the monitor, or the directory is of another study.
+            Misconfigured: If nothing logs a monitor, or the directory is of another study.
             DiskFullError: If the run found no space left.
         """
         config = self.configs.of_trial(candidate.values, candidate.attributes)
@@ -155,7 +155,7 @@ class FitTrials:
         missing = [name for name in self.monitors if metrics.get(name) is None]
         if missing:
             known = ", ".join(sorted({*metrics, *COSTS}))
-            raise TrialFailed(f"the run has no {' and no '.join(missing)}; known: {known} (see {place / 'log.txt'})")
+            raise Misconfigured(f"the run has no {' and no '.join(missing)}; known: {known}")
         return [float(metrics[name]) for name in self.monitors]
 
     def _run(
