@@ -55,7 +55,8 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
     if (classes or keys) and (
         found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text)
     ):
-        named = classes[-1] if classes and classes[-1].rsplit(".", 1)[-1] in found[1] else ""
+        lacking = re.findall(r"'([^']+)'", found[1])  # a module, or a module and its attribute
+        named = classes[-1] if classes and classes[-1].startswith(".".join(lacking)) else ""
         return f"{keys}: {f'class_path {named} ' if named else 'a class '}cannot be imported: {found[1]}"
     if found := re.search(r"arguments are required: (.+)", text):
         whose = f" of {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
