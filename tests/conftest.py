@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from servers import postgres, proxy  # noqa: F401  # fixtures
 from torch import nn
 
 from lightning_automl.__main__ import main
+
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and so all processes below.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/baseline/digits_cnn.yaml")

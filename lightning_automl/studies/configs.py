@@ -65,7 +65,7 @@ class TrialConfigs:
                 for each in schedule
             ]
             callback = {"class_path": SCHEDULE, "init_args": {"segments": segments}}
-            config["trainer"]["callbacks"] = [*(config["trainer"].get("callbacks") or []), callback]
+            config["trainer"]["callbacks"] = [*_callbacks(config), callback]
         if self.watch is not None:
             config |= {"monitor": self.watch, "mode": self.mode}
         return config
@@ -103,9 +103,15 @@ def of_seed(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     final = _with_data(config, train_on_val=True)
     final |= {"seed_everything": seed, "test_after_fit": True}
     final["trainer"]["limit_val_batches"] = 0
-    callbacks = final["trainer"].get("callbacks") or []
-    final["trainer"]["callbacks"] = [each for each in callbacks if not each["class_path"].endswith(".EarlyStopping")]
+    final["trainer"]["callbacks"] = [
+        each for each in _callbacks(final) if not each["class_path"].endswith(".EarlyStopping")
+    ]
     return final
+
+
+def _callbacks(config: Mapping[str, Any]) -> list[Any]:
+    found = config["trainer"].get("callbacks") or []
+    return found if isinstance(found, list) else [found]
 
 
 def _with_data(config: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:

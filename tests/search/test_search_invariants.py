@@ -190,7 +190,8 @@ def test_a_point_that_was_lost_is_visited_again(name, asked):
             suggest(*arguments)
     search(study, space, lambda candidate: 1.0, workers=2, beat=0.3)
     check_once(study, points)
-    assert sum(map(is_lost, study.get_trials())) == 1
+    # with two workers one may come to a point that the other has, and give it back
+    assert sum(is_lost(each) and not each.user_attrs.get("withdrawn") for each in study.get_trials()) == 1
 
 
 # ---- quality
