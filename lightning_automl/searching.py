@@ -295,17 +295,7 @@ class Search:
     def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
         """Let a process of the trial server answer; its mistakes are the user's."""
         log_file = scratch / "server.txt"
-        found = self.server.run(
-            payload,
-            ranks=1,
-            threads=1,
-            log=log_file,
-            environment={},
-            on_message=lambda message: None,
-            silence=None,
-            timeout=None,
-            stop=None,
-        )
+        found = self.server.run(payload, ranks=1, threads=1, log=log_file, on_message=lambda message: None)
         if found.kind == "done":
             assert found.result is not None
             return found.result
@@ -554,8 +544,8 @@ class Search:
         """The values to try first."""
         if self.given.enqueue is None:
             # A grid comes to it by itself.
-            left_out = self._is(GridSampler) or self._is(BruteForceSampler) or self.unchanged is None
-            return [] if left_out else [self.unchanged or {}]
+            left_out = self._is(GridSampler) or self._is(BruteForceSampler)
+            return [] if left_out or self.unchanged is None else [self.unchanged]
         default = self.space.values_in(self.base)
         return [self.space.encode(values) if values else default for values in map(_plain, self.given.enqueue)]
 

@@ -3,10 +3,9 @@
 import csv
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_automl.callbacks import Heartbeat, TrialPruning, mode_of
@@ -15,24 +14,12 @@ from lightning_automl.models.cost import latency
 from lightning_automl.parser import adapt_jsonargparse
 from lightning_automl.process import keep_freed_memory, see_working_directory
 from lightning_automl.rundir import UserError, environment, read_json, summarise
+from lightning_automl.search.channel import Channel
 from lightning_automl.studies.runs import COSTS
-
-
-class Channel(Protocol):
-    """The way to the process that owns the study."""
-
-    rank: int
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Tell something."""
-
-    def ask(self, message: dict[str, Any]) -> Any:
-        """Tell something and wait for the answer; on rank 0 only."""
 
 
 def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Do what ``payload["do"]`` says: ``resolve`` or ``check`` configs, or ``fit`` one."""
-    rank_zero_only.rank = channel.rank  # type: ignore[attr-defined]  # set when Lightning was imported, before this process was a rank
     os.environ.pop("PL_GLOBAL_SEED", None)
     keep_freed_memory()
     adapt_jsonargparse()
@@ -155,7 +142,7 @@ def _fit(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         watched metric by number of epochs done).
     """
     directory = Path(payload["directory"])
-    watching: list[Callback] = [Heartbeat(lambda: channel.send({"beat": True}))]
+    watching: list[Callback] = [Heartbeat(channel.beat)]
     if channel.rank == 0:
         watching.append(_Started(channel))
     if payload["watch"]:

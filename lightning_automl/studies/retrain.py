@@ -75,7 +75,6 @@ def retrain(
                     environment=own.environment,
                     on_message=lambda message: None,
                     silence=silence,
-                    timeout=None,
                     stop=stop,
                 )
             finally:

@@ -18,13 +18,13 @@ import sqlalchemy
 from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
-from servers import free_port
 
 from lightning_automl.rundir import DiskFullError, UserError
 from lightning_automl.search import storages
 from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import JournalLock, file_system, is_disk_full, open_storage, telling_full_disks
 from lightning_automl.search.study import open_study, search
+from lightning_automl.search.trials import free_port
 from lightning_automl.search.workers import counts, end_trial
 
 # A process that takes part in a study; it prints a line when it begins to.
