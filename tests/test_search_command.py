@@ -338,7 +338,7 @@ def test_nothing_outlives_an_interrupted_search(number, tmp_path):
 @pytest.mark.parametrize("kind", ["postgres", "proxy"])
 def test_two_commands_share_a_study(kind, request, tmp_path):
     url = request.getfixturevalue(kind)
-    config = {"run": run_of(epochs=2), "space": LR, "name": "shared", "trials": 8, "storage": url}
+    config = {"run": run_of(epochs=2), "space": LR, "name": "shared by commands", "trials": 8, "storage": url}
     processes = [start(tmp_path / name, config) for name in ("one", "two")]
     for process, name in zip(processes, ("one", "two"), strict=True):
         assert process.wait(timeout=300) == 0, (tmp_path / f"{name}.err").read_text()
