@@ -1,0 +1,41 @@
+"""Parameter-efficient fine-tuning: LoRA, conv adapters and low-rank factors for image networks, on top of peft.
+
+Importing this makes the methods known to peft, so that its functions read their files.
+"""
+
+from peft import PeftConfig
+
+from lightning_automl.adapters.anatomy import Anatomy, anatomy
+from lightning_automl.adapters.digest import base_digest
+from lightning_automl.adapters.files import add_adapter, load_adapter, save_adapter, switch_adapter
+from lightning_automl.adapters.lora import LoraConfig
+from lightning_automl.adapters.merging import is_mergeable, merge_adapter, merged_network, unmerge_adapter
+from lightning_automl.adapters.targets import (
+    adapter_parameters,
+    describe_adapters,
+    resolve_blocks,
+    resolve_targets,
+)
+
+#: Configurations of all methods that are registered with peft, by short name.
+ADAPTERS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}
+
+__all__ = [
+    "ADAPTERS",
+    "Anatomy",
+    "LoraConfig",
+    "adapter_parameters",
+    "add_adapter",
+    "anatomy",
+    "base_digest",
+    "describe_adapters",
+    "is_mergeable",
+    "load_adapter",
+    "merge_adapter",
+    "merged_network",
+    "resolve_blocks",
+    "resolve_targets",
+    "save_adapter",
+    "switch_adapter",
+    "unmerge_adapter",
+]
