@@ -1,5 +1,6 @@
 """Figures: data in, matplotlib figure out."""
 
+from lightning_automl.plots.adapter_outputs import adapter_outputs
 from lightning_automl.plots.calibration import reliability_diagram
 from lightning_automl.plots.classes import class_counts, class_recall
 from lightning_automl.plots.confusion import confusion_matrix
@@ -16,6 +17,7 @@ from lightning_automl.plots.slices import value_slice
 __all__ = [
     "Dimension",
     "Segment",
+    "adapter_outputs",
     "best_so_far",
     "class_counts",
     "class_recall",
