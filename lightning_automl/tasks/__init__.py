@@ -1,6 +1,7 @@
 """LightningModules: how one run trains."""
 
 from lightning_automl.tasks.classification import ClassificationTask
+from lightning_automl.tasks.finetune import FinetuneTask
 from lightning_automl.tasks.schedules import WarmupCosineLR
 
-__all__ = ["ClassificationTask", "WarmupCosineLR"]
+__all__ = ["ClassificationTask", "FinetuneTask", "WarmupCosineLR"]

@@ -167,11 +167,14 @@ class ClassificationTask(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, channels, height, width)``, float in [0, 1] or uint8, to logits."""
+        logits: Tensor = self.model(self.normalized(images))
+        return logits
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """What the network gets for images that are float in [0, 1] or uint8."""
         if not images.is_floating_point():
             images = images / 255
-        images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
-        logits: Tensor = self.model(images)
-        return logits
+        return normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Map logits to probabilities ``(batch, num_classes)``, as the loss understands them."""
@@ -249,10 +252,7 @@ class ClassificationTask(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the schedule that knows the length of the run when it wants to."""
-        try:
-            optimizer = self.optimizer(self.parameter_groups())
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the optimizer refused its arguments: {error}") from error
+        optimizer = self.make_optimizer()
         if self.scheduler is None:
             return optimizer
         arguments = {}
@@ -266,6 +266,14 @@ class ClassificationTask(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             entry["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": entry}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Build the optimizer of :meth:`parameter_groups`."""
+        try:
+            optimizer: torch.optim.Optimizer = self.optimizer(self.parameter_groups())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the optimizer refused its arguments: {error}") from error
+        return optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters to train, those without weight decay in a group of their own if so asked."""
