@@ -31,7 +31,13 @@ def _export(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], o
     parser.add_argument("dir", type=Path, help="run directory")
     parser.add_argument("--format", choices=list(SUFFIXES), default="onnx", help="default: onnx; torch is torch.export")
     parser.add_argument("--out", type=Path, help="the file; DIR/model.<suffix> by default")
-    return lambda given: export(given.dir, given.format, given.out)
+    parser.add_argument(
+        "--compress",
+        metavar="energy=SHARE",
+        help="make the network smaller by low rank and report its validation accuracy before and after; also "
+        "flops=SHARE, form=spatial, finetune=EPOCHS and lr=RATE, with commas between",
+    )
+    return lambda given: export(given.dir, given.format, given.out, compress=given.compress)
 
 
 def _classify(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:

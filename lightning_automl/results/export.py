@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_automl import __version__
+from lightning_automl.results.compress import Compression, compressed_task
 from lightning_automl.results.network import DIVERGED, Trained, probabilities, trained_task, what_was_trained
 from lightning_automl.results.run import Run
-from lightning_automl.rundir import DisagreementError, UserError, check_target, replacing
+from lightning_automl.rundir import DisagreementError, UserError, check_target, replacing, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +30,11 @@ _BATCHES = (1, 2, 5)
 
 
 def export(
-    directory: str | Path, format: Format = "onnx", out: str | Path | None = None, tolerance: float = 1e-4
+    directory: str | Path,
+    format: Format = "onnx",
+    out: str | Path | None = None,
+    tolerance: float = 1e-4,
+    compress: "str | Compression | None" = None,
 ) -> Path:
     """Write the network of a run's best epoch, normalisation included, and check that it gives the same outputs.
 
@@ -38,7 +43,8 @@ def export(
     returns for images is the logits. ``safetensors``: the tensors of the task by name, ``mean`` and ``std`` among
     them, to be read by the argument ``weights`` of a network. Each file holds as metadata, as JSON texts,
     ``class_names``, ``channels``, ``image_size`` (height, width) and ``window`` (for networks trained on images with
-    more than 8 bits: what became 0 and 1 of each channel), and ``probabilities``, how they follow from the logits.
+    more than 8 bits: what became 0 and 1 of each channel), and ``probabilities``, how they follow from the logits; of
+    a compressed network also ``low_rank``, the arguments of the ``LowRankConfig`` that makes its layers again.
 
     Args:
         directory: A run directory.
@@ -46,12 +52,15 @@ def export(
         out: The file; ``model.onnx``, ``model.pt2`` or ``model.safetensors`` in the run directory by default.
         tolerance: Largest difference between the outputs of file and network for random images, as a share of the
             largest output where that is above 1.
+        compress: Make the network smaller before, as ``energy=0.95`` or ``flops=0.5,form=spatial,finetune=2``, see
+            :class:`~lightning_automl.results.compress.Compression`. What that costs in accuracy on the validation split
+            is written to ``compression.json`` in the run directory; the file is ``model_compressed.onnx`` by default.
 
     Returns:
         Path of the file.
 
     Raises:
-        UserError: If the run has no finished epoch, or onnx is not installed.
+        UserError: If the run has no finished epoch, onnx is not installed, or the network cannot be compressed so.
         DisagreementError: If the outputs differ by more; no file is left.
     """
     import torch
@@ -60,26 +69,34 @@ def export(
         raise UserError(f"unknown format {format!r}; known: {', '.join(get_args(Format))}")
     if format == "onnx":
         _require_onnx()
+    wanted = Compression.parse(compress) if isinstance(compress, str) else compress
     run = Run.read(directory)
     trained = what_was_trained(run)
-    task = trained_task(run)
-    with torch.no_grad():
-        if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
-            raise UserError(DIVERGED.format(directory))
-    target = Path(out) if out is not None else run.directory / f"model{SUFFIXES[format]}"
+    name = "model" if wanted is None else "model_compressed"
+    target = Path(out) if out is not None else run.directory / f"{name}{SUFFIXES[format]}"
     if target.suffix != SUFFIXES[format]:
         raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
     check_target(target)
+    task: Any = trained_task(run)
+    with torch.no_grad():
+        if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
+            raise UserError(DIVERGED.format(directory))
+    record: dict[str, Any] = {}
+    if wanted is not None:
+        task, record = compressed_task(run, task, wanted)
     write, read = _FORMATS[format]
+    deployed: Any = task.deployed() if hasattr(task, "deployed") else task  # without LoRA beside its layers
     with replacing(target) as partial, torch.no_grad(), _quiet():
-        write(task, trained, partial)
-        difference = _difference(task, trained, read(task, partial))
+        write(deployed, trained, partial)
+        difference = _difference(task, trained, read(deployed, partial))
         if not difference <= tolerance:
             raise DisagreementError(
                 f"the {format} file does not give what the network gives: outputs differ by {difference:.3g}, more "
                 f"than {tolerance:g}; it was removed"
             )
     log.info("%s: outputs differ by at most %.2g from the network's", target, difference)
+    if record:
+        write_json(run.directory / "compression.json", record | {"file": str(target), "bytes": target.stat().st_size})
     return target
 
 
@@ -108,7 +125,9 @@ def _facts(task: Any, trained: Trained) -> dict[str, str]:
     facts = {name: getattr(trained, name) for name in ("class_names", "channels", "image_size", "window")}
     written = {name: json.dumps(value) for name, value in facts.items()}
     described = {"input": "float32 (batch, channels, height, width) in [0, 1]", "probabilities": own}
-    return written | described | {"lightning_automl": __version__}
+    plan = getattr(task, "low_rank", None)
+    factors = {} if plan is None else {"low_rank": json.dumps(plan)}
+    return written | described | factors | {"lightning_automl": __version__}
 
 
 @contextmanager
