@@ -6,6 +6,7 @@ Importing this makes the methods known to peft, so that its functions read their
 from peft import PeftConfig
 
 from lightning_automl.adapters.anatomy import Anatomy, anatomy
+from lightning_automl.adapters.conv_adapter import ConvAdapterConfig, calibrate
 from lightning_automl.adapters.digest import base_digest
 from lightning_automl.adapters.files import add_adapter, load_adapter, save_adapter, switch_adapter
 from lightning_automl.adapters.lora import LoraConfig
@@ -18,16 +19,18 @@ from lightning_automl.adapters.targets import (
 )
 
 #: Configurations of all methods that are registered with peft, by short name.
-ADAPTERS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}
+ADAPTERS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, "conv_adapter": ConvAdapterConfig}
 
 __all__ = [
     "ADAPTERS",
     "Anatomy",
+    "ConvAdapterConfig",
     "LoraConfig",
     "adapter_parameters",
     "add_adapter",
     "anatomy",
     "base_digest",
+    "calibrate",
     "describe_adapters",
     "is_mergeable",
     "load_adapter",

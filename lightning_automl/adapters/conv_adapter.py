@@ -14,11 +14,12 @@ Departures from the released code, and why:
 - Norms, on the input of the branch or on the output of the block, are not in the release.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from inspect import signature
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -53,11 +54,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(AdapterNorm),
     "norm_at": ("input", "block"),
 }
-#: What peft notes of itself and of a base from its hub.
-_BOOKKEEPING = {each.name for each in fields(PeftConfig)} - {"peft_type"}
 
 
-@dataclass
 class ConvAdapterConfig(PeftConfig):
     """What a conv adapter looks like and where it goes.
 
@@ -77,34 +75,52 @@ class ConvAdapterConfig(PeftConfig):
         target_modules: ``auto`` is every block that the scheme fits, but the stem; or a regular expression or a list
             of names.
         modules_to_save: What is trained as a whole and saved with the adapter; ``None`` is the head.
+        num_classes: Outputs of a new head for this adapter; ``None`` keeps the network's.
         geometry: Input and output channels, kernel, stride, padding, dilation and padding mode of each adapted block,
-            by name. Filled when the adapter is put in.
-        num_classes: Number of logits of the adapter's own head; ``None`` keeps the network's.
-        base_digest: Digest of the network that the adapter was made for. Filled likewise, then compared.
+            by name. Filled when the adapter is added.
+        base_digest: Filled likewise, see :func:`~lightning_automl.adapters.base_digest`. When given, the base must
+            have it.
+        peft_type: The method's name in files.
 
     Raises:
         UserError: If an argument cannot be, or the adapter could never change anything.
     """
 
-    scheme: Scheme = field(default="conv_parallel", kw_only=True)
-    kernel_size: int | None = field(default=None, kw_only=True)
-    compression: int = field(default=8, kw_only=True)
-    activation: AdapterActivation = field(default="relu", kw_only=True)
-    scale: Literal["learnable", "fixed"] = field(default="learnable", kw_only=True)
-    scale_per: Literal["channel", "layer"] = field(default="channel", kw_only=True)
-    scale_init: float = field(default=1.0, kw_only=True)
-    init: Literal["zero_up", "paper"] = field(default="zero_up", kw_only=True)
-    norm: AdapterNorm = field(default="none", kw_only=True)
-    norm_at: Literal["input", "block"] = field(default="input", kw_only=True)
-    target_modules: str | list[str] = field(default="auto", kw_only=True)
-    modules_to_save: list[str] | None = field(default=None, kw_only=True)
-    geometry: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
-    num_classes: int | None = field(default=None, kw_only=True)
-    base_digest: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PeftType("CONV_ADAPTER")
+    def __init__(
+        self,
+        scheme: Scheme = "conv_parallel",
+        kernel_size: int | None = None,
+        compression: int = 8,
+        activation: AdapterActivation = "relu",
+        scale: Literal["learnable", "fixed"] = "learnable",
+        scale_per: Literal["channel", "layer"] = "channel",
+        scale_init: float = 1.0,
+        init: Literal["zero_up", "paper"] = "zero_up",
+        norm: AdapterNorm = "none",
+        norm_at: Literal["input", "block"] = "input",
+        target_modules: str | list[str] = "auto",
+        modules_to_save: list[str] | None = None,
+        num_classes: int | None = None,
+        geometry: dict[str, dict[str, Any]] | None = None,
+        base_digest: str | None = None,
+        peft_type: str = "CONV_ADAPTER",
+    ) -> None:
+        super().__init__(peft_type=PeftType(peft_type))
+        self.scheme = scheme
+        self.kernel_size = kernel_size
+        self.compression = compression
+        self.activation = activation
+        self.scale = scale
+        self.scale_per = scale_per
+        self.scale_init = scale_init
+        self.init = init
+        self.norm = norm
+        self.norm_at = norm_at
+        self.target_modules = target_modules
+        self.modules_to_save = modules_to_save
+        self.num_classes = num_classes
+        self.geometry = dict(geometry or {})
+        self.base_digest = base_digest
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -114,6 +130,8 @@ class ConvAdapterConfig(PeftConfig):
             raise UserError(
                 f"kernel_size is {self.kernel_size!r}; it is an odd number, 1, 3, 5, …, or null for the block's own"
             )
+        if self.num_classes is not None and not _is_count(self.num_classes):
+            raise UserError(f"num_classes is {self.num_classes!r}; it is a number of labels, or null to keep the head")
         if not abs(self.scale_init) < float("inf"):
             raise UserError(f"scale_init is {self.scale_init}; it is a finite number, such as 1")
         if self.scale_init == 0 and self.init == "zero_up":
@@ -134,9 +152,19 @@ class ConvAdapterConfig(PeftConfig):
                     "give one, a list of names, or 'auto'"
                 ) from error
 
+    def __repr__(self) -> str:
+        return f"ConvAdapterConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
     def to_dict(self) -> dict[str, Any]:
-        """What a file says of the adapter: the arguments, and the method."""
-        return {name: value for name, value in super().to_dict().items() if name not in _BOOKKEEPING}
+        """The arguments, as they go into a file."""
+        arguments = {name: copy.deepcopy(getattr(self, name)) for name in signature(type(self)).parameters}
+        tuples = {name: list(value) for name, value in arguments.items() if isinstance(value, tuple)}
+        return {**arguments, **tuples, "peft_type": PeftType(self.peft_type).value}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, without the name of the network's class."""
+        kwargs.pop("auto_mapping_dict", None)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def parallel(self) -> bool:

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import logging
 from itertools import pairwise
@@ -283,9 +284,9 @@ def test_places_are_taken_exactly():
 
 def test_the_configuration_given_is_not_changed_and_fits_any_network():
     config = ConvAdapterConfig(compression=4)
-    before = copy.deepcopy(config)
+    before = copy.deepcopy(vars(config))
     one, two = add_adapter(network(), config), add_adapter(network(depth=14, width=4), config)
-    assert config == before
+    assert vars(config) == before
     assert len(layers(one)) == 6
     assert len(layers(two)) == 12
 
@@ -305,6 +306,7 @@ def test_the_configuration_given_is_not_changed_and_fits_any_network():
         ({"compression": True}, "compression is True"),
         ({"kernel_size": 4}, "kernel_size is 4; it is an odd number"),
         ({"kernel_size": -1}, "kernel_size is -1"),
+        ({"num_classes": 0}, "num_classes is 0"),
         ({"scale_init": float("nan")}, "scale_init is nan"),
         ({"scale_init": 0.0}, "no gradient would ever reach the adapter"),
         ({"scale_init": 0.0, "init": "paper", "scale": "fixed"}, "the adapter has no effect"),
@@ -381,6 +383,7 @@ def test_the_file_says_what_was_adapted_and_how(tmp_path):
     adapted(ConvAdapterConfig(scheme="residual_parallel", compression=4)).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["peft_type"] == "CONV_ADAPTER"
+    assert written.keys() == inspect.signature(ConvAdapterConfig).parameters.keys()
     assert list(written["geometry"]) == ["layer1.0", "layer2.0", "layer3.0"]
     assert written["modules_to_save"] == ["linear"]
     assert peft.PeftConfig.from_pretrained(tmp_path).compression == 4
