@@ -26,7 +26,6 @@ Kind = Literal["conv", "linear", "attention"]
 
 #: Tried when nothing is known of the images: pixels of a square one.
 _SIZES = (224, 128, 64, 32, 16, 8, 256, 384, 299, 448, 512)
-_ATTENTION = ("scaled_dot_product_attention", "softmax")
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @dataclass
 class _Call:
-    """A call of a module with a tensor first that gave a tensor."""
+    """A call of a module: the first tensor given to it, the first that it gave, and the modules that called it."""
 
     name: str
     given: int
     gave: int
+    above: tuple[str, ...]
 
 
 class _Watch(TorchFunctionMode):
@@ -303,8 +303,8 @@ class _Watch(TorchFunctionMode):
                 self.makers[one] = owner
         if came & self.raw and not any(isinstance(tensor, nn.Parameter) and tensor.ndim >= 2 for tensor in given):
             self.raw |= made
-        if getattr(func, "__name__", "") in _ATTENTION and results[0].ndim >= 3:
-            self.attending.add(name)
+        if _attends(func, args, kwargs, results[0]):
+            self.attending.update(name for name, _ in self.stack[-1:])
         return result
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -315,10 +315,8 @@ class _Watch(TorchFunctionMode):
             self.used[name] = None
             if any(id(tensor) in self.raw for tensor in given):
                 self.stems[name] = None
-        first = args[0] if args else None
-        own = first if isinstance(first, Tensor) else given[0] if len(given) == 1 else None
         self.kept += given
-        self.stack.append((name, None if own is None else id(own)))
+        self.stack.append((name, id(given[0]) if given else None))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name, own = self.stack.pop()
@@ -332,9 +330,9 @@ class _Watch(TorchFunctionMode):
             for tensor in gave:
                 self.makers[id(tensor)] = name
                 self.raw.discard(id(tensor))
-        if own is not None and isinstance(output, Tensor):
-            self.calls.append(_Call(name, own, id(output)))
-            if len(given) == 1:
+        if own is not None and gave:
+            self.calls.append(_Call(name, own, id(gave[0]), tuple(above for above, _ in self.stack)))
+            if len(given) == 1 and isinstance(output, Tensor):
                 self.shapes.setdefault(name, (tuple(given[0].shape[1:]), tuple(output.shape[1:])))
 
     def anatomy(self, logits: Tensor, images: Tensor) -> Anatomy:
@@ -345,7 +343,7 @@ class _Watch(TorchFunctionMode):
         classes = logits.shape[1] if logits.ndim > 1 else 1
         stems = tuple(self.stems) or layers[:1]
         head = self._head(logits, classes)
-        attending = [name for name in self.attending if name]
+        attending = {self._holder(name, layers) for name in self.attending} - {""}
         attention = tuple(
             name
             for name in layers
@@ -368,6 +366,12 @@ class _Watch(TorchFunctionMode):
             classes,
             tuple(images.shape[1:]),
         )
+
+    def _holder(self, name: str, layers: tuple[str, ...]) -> str:
+        """The module itself, or the nearest around it that has weight layers; a softmax may be a module of its own."""
+        while name and not any(layer.startswith(f"{name}.") for layer in layers):
+            name = name.rpartition(".")[0]
+        return name
 
     def _head(self, logits: Tensor, classes: int) -> tuple[str, ...]:
         """The weight layers with as many outputs as there are logits from which nothing learned leads to the logits."""
@@ -405,24 +409,38 @@ class _Watch(TorchFunctionMode):
         classes = {name: type(base_module(self.modules[name])) for name in candidates}
 
         def in_sequence(one: str, other: str) -> bool:
-            if one == other or classes[one] is not classes[other]:
+            if one == other:
                 return False
-            if self.uses.get(one, 0) > 1 and self.uses.get(other, 0) > 1:
+            if classes[one] is classes[other] and self.uses.get(one, 0) > 1 and self.uses.get(other, 0) > 1:
                 return True
             return bool({call.gave for call in calls[one]} & {call.given for call in calls[other]})
 
-        # A stage hands its input to the first of its blocks; a residual block uses it twice.
-        plain = {name: inside(name, candidates) for name in candidates if self.uses.get(name, 0) <= 1}
-        stages = {
-            name for name, within in plain.items() if any(in_sequence(one, other) for one in within for other in within)
+        # A stage hands its input to the first of its blocks; a residual block uses it twice. What most modules of a
+        # class are, all are: a stage may be short, and a shortcut may be left out.
+        holders = {name: within for name in candidates if (within := inside(name, candidates))}
+        looks = {
+            name: self.uses.get(name, 0) <= 1 and any(in_sequence(one, other) for one in within for other in within)
+            for name, within in holders.items()
         }
-        kinds_of_stages = {classes[name] for name in stages}
-        stages |= {name for name, within in plain.items() if within and classes[name] in kinds_of_stages}
-        blocks: list[str] = []
-        for name in sorted(set(candidates) - stages, key=lambda name: name.count(".")):
-            if not any(name.startswith(f"{outer}.") for outer in blocks):
-                blocks.append(name)
+        votes: dict[type, list[bool]] = {}
+        for name, look in looks.items():
+            votes.setdefault(classes[name], []).append(look)
+        stages = {name for name in holders if 2 * sum(votes[classes[name]]) > len(votes[classes[name]])}
+        blocks: set[str] = set()
+        for name in sorted(set(candidates) - stages, key=lambda name: min(len(call.above) for call in calls[name])):
+            # by calls and not by names, since blocks may share a module that is registered outside of them
+            if not all(blocks & set(call.above) for call in calls[name]):
+                blocks.add(name)
         return tuple(sorted(blocks, key=self.entered.__getitem__))
+
+
+def _attends(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> bool:
+    """Whether an operation is that of an attention: a softmax over channels or tokens, which come last."""
+    name = getattr(func, "__name__", "")
+    if name == "softmax":
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.ndim
+        return result.ndim >= 3 and dim >= 2 and dim >= result.ndim - 2
+    return name == "scaled_dot_product_attention"
 
 
 def _outputs(module: nn.Module) -> int:
