@@ -86,6 +86,8 @@ class ConvAdapterConfig(PeftConfig):
         UserError: If an argument cannot be, or the adapter could never change anything.
     """
 
+    base_digest: str | None = None  # by which adapters/files.py knows a configuration of this package
+
     def __init__(
         self,
         scheme: Scheme = "conv_parallel",

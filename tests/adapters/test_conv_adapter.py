@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_automl.adapters import conv_adapter
 from lightning_automl.adapters.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, calibrate
-from lightning_automl.adapters.files import add_adapter
+from lightning_automl.adapters.files import add_adapter, load_adapter, save_adapter, switch_adapter
 from lightning_automl.models import ResNet
 from lightning_automl.rundir import UserError
 
@@ -377,6 +377,18 @@ def test_files_switching_disabling_deleting_and_unloading(scheme, tmp_path):
     assert not [name for name in model.state_dict() if ".a." in name or name.endswith(".a")]
     assert type(model.unload()) is ResNet
     assert not layers(model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_task_with_more_classes_goes_through_files_of_our_own(scheme, tmp_path):
+    model = shake(add_adapter(network(), ConvAdapterConfig(scheme=scheme), num_classes=7))
+    save_adapter(model, tmp_path / "task")
+    two = load_adapter(load_adapter(network(), tmp_path / "task", "a"), tmp_path / "task", "b")
+    x = images()
+    assert torch.equal(two(x), model(x))
+    switch_adapter(two, "a")
+    assert torch.equal(two(x), model(x))
+    assert model(x).shape == (2, 7)
 
 
 def test_the_file_says_what_was_adapted_and_how(tmp_path):
