@@ -228,6 +228,9 @@ class AutoMLCLI(LightningCLI):
         try:
             with without_loading() if trained else contextlib.nullcontext():
                 super().instantiate_classes()
+            load_base = getattr(self.model, "load_base", None)
+            if trained and load_base is not None:  # of a task whose checkpoints lack what it has frozen
+                load_base(self.writer.base)
         except Exception as error:
             # jsonargparse reports whatever a constructor raises as a ValueError of many lines.
             cause = root_cause(error)
@@ -412,7 +415,7 @@ class AutoMLCLI(LightningCLI):
         if rank() != 0:
             return
         directory = self.writer.directory
-        names = ("*.png", "predictions_*.safetensors", "data.json", "metrics.csv")
+        names = ("*.png", "predictions_*.safetensors", "data.json", "metrics.csv", "adapter")
         left = {path.stem: path.name for name in names for path in sorted(directory.glob(name))}
         if self.writer.best_checkpoint.exists():
             left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))
@@ -431,8 +434,13 @@ class AutoMLCLI(LightningCLI):
     def _network(self) -> dict[str, Any]:
         """Name and cost of the network, also told to the user."""
         network = getattr(self.model, "model", self.model)
-        cost: dict[str, Any] = {"class": type(network).__name__, "parameters": parameter_count(network)}
+        base = network.get_base_model() if hasattr(network, "get_base_model") else network  # without peft's wrapper
+        cost: dict[str, Any] = {"class": type(base).__name__, "parameters": parameter_count(network)}
         told = f"{cost['class']}: {cost['parameters']:,} parameters"
+        trained = parameter_count(network, trainable_only=True)
+        if trained < cost["parameters"]:
+            cost |= {"trained_parameters": trained, "trained_share": trained / cost["parameters"]}
+            told += f", of which {trained:,} are trained ({cost['trained_share']:.2%})"
         data: Any = self.datamodule
         if network is not self.model and hasattr(data, "channels") and hasattr(data, "image_size"):
             cost["flops"] = flop_count(network, (data.channels, *data.image_size))

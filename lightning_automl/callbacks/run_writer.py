@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -52,7 +53,9 @@ class RunWriter(Checkpoint):
     epoch (a hard link, so that it costs nothing); of equal epochs, which a small validation split has often, it is the
     latest. The rows of ``metrics.csv`` are a part of the checkpoint, so that a continued run has each epoch once.
     ``predictions_val.safetensors`` are those of the best epoch, ``predictions_test.safetensors`` those of a test, and
-    ``data.json`` what the run knows of its images. ``curves.png`` and ``confusion_<split>.png`` follow at the end.
+    ``data.json`` what the run knows of its images. Of a task that trains a part of its network only, the frozen rest is
+    kept once in ``checkpoints/base.safetensors`` (its method ``save_base``), and the adapter of the best epoch follows
+    at the end in ``adapter`` (``save_adapter``). ``curves.png`` and ``confusion_<split>.png`` follow at the end.
 
     Args:
         directory: The run directory.
@@ -90,6 +93,18 @@ class RunWriter(Checkpoint):
     def best_checkpoint(self) -> Path:
         """The checkpoint of the epoch with the best monitored metric."""
         return self.directory / "checkpoints" / "best.ckpt"
+
+    @property
+    def base(self) -> Path:
+        """What a task has frozen of its network; there is no such file if that is nothing."""
+        return self.directory / "checkpoints" / "base.safetensors"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the frozen part of the network, before a precision may change it."""
+        save = getattr(pl_module, "save_base", None)
+        if stage == "fit" and save is not None and trainer.is_global_zero and not self.last_checkpoint.exists():
+            self.base.unlink(missing_ok=True)  # of a first command that trained something else
+            save(self.base)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, the best of them, and whether it is this checkpoint's."""
@@ -218,7 +233,18 @@ class RunWriter(Checkpoint):
 
             with replacing(self.directory / "curves.png") as path:
                 learning_curves(self.rows).savefig(path, dpi=150, format="png")
+            self._write_adapter(pl_module)
         self._draw_confusion(trainer, pl_module, "val")
+
+    def _write_adapter(self, pl_module: LightningModule) -> None:
+        save = getattr(pl_module, "save_adapter", None)
+        if save is None or not self.best_checkpoint.exists():
+            return
+        checkpoint = torch.load(self.best_checkpoint, map_location="cpu", weights_only=True)
+        path = save(self.directory / "adapter", checkpoint["state_dict"])
+        if path is not None:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            log.info("%s: the adapter of the best epoch, %.2f MB", path, size / 1e6)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the predictions of the test split and draw its confusion matrix."""

@@ -100,6 +100,9 @@ def trained_task(run: Run) -> "LightningModule":
             f"the network of {run.directory} cannot be built again: {one_sentence(root_cause(error))}"
         ) from error
     task: LightningModule = built.model
+    load_base = getattr(task, "load_base", None)
+    if load_base is not None:  # of a task whose checkpoints lack what it has frozen
+        load_base(run.best_checkpoint.with_name("base.safetensors"))
     try:
         checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler that meets foreign bytes raises whatever it stumbles over

@@ -253,7 +253,7 @@ def _take_over(source: Path, target: Path, only: Sequence[str] | None = None) ->
     Args:
         source: The directory of the other run.
         target: That of the run.
-        only: Names of checkpoints to take; all files when left out.
+        only: Names of checkpoints to take, beside what a run keeps of frozen weights; all files when left out.
     """
     (target / "checkpoints").mkdir(parents=True, exist_ok=True)
     if only is not None and not all((source / "checkpoints" / name).exists() for name in only):
@@ -263,7 +263,7 @@ def _take_over(source: Path, target: Path, only: Sequence[str] | None = None) ->
         )
     for path in sorted((source / "checkpoints").glob("[!.]*")):
         new = target / "checkpoints" / path.name
-        if (only is None or path.name in only) and not new.exists():
+        if (only is None or path.name in (*only, "base.safetensors")) and not new.exists():
             try:
                 os.link(path, new)
             except OSError:  # a file system without hard links

@@ -42,6 +42,9 @@ def cost(evidence: Evidence) -> Section | None:
     if network:
         rows.append(["network", network["class"]])
         rows.append(["parameters", f"{network['parameters']:,}"])
+    if network.get("trained_parameters"):
+        share = f"{network['trained_parameters']:,} ({network['trained_share']:.2%})"
+        rows.append(["parameters that are trained", share])
     if network.get("flops"):
         rows.append(["operations an image", f"{network['flops'] / 1e6:,.1f} million (a multiply-add counts as two)"])
     if run.summary:
