@@ -43,7 +43,7 @@ def adapter_report(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
         batch: Images ``(batch, channels, height, width)``, or a sequence that begins with them.
 
     Returns:
-        A mapping for each layer with an active adapter, in the order of execution:
+        A mapping for each layer with an active adapter, in the order of the network's modules:
 
         - ``layer``, its name within the network without adapters, and ``kind``, its class there;
         - ``block`` and ``adapter``, each with ``zero_fraction`` (share of exact zeros), ``mean``, ``std``,
@@ -57,7 +57,7 @@ def adapter_report(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     Raises:
         UserError: If the network has no adapter, or its adapters are merged or switched off.
     """
-    layers = adapted_layers(model)
+    layers = _adapted_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no adapter to report on; add one, or switch to the one it has")
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -88,7 +88,7 @@ def adapter_report(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
         if len(rows) < len(layers):
             with _UsedWeights({name: layer for name, layer in layers.items() if name not in rows}, record):
                 model(images)
-    return list(rows.values())
+    return [rows[name] for name in layers if name in rows]
 
 
 def moments(values: Tensor) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def moments(values: Tensor) -> dict[str, Any]:
     }
 
 
-def adapted_layers(model: nn.Module) -> dict[str, "BaseTunerLayer"]:
+def _adapted_layers(model: nn.Module) -> dict[str, "BaseTunerLayer"]:
     """The layers of a network that have an active adapter, by their name in the network without adapters.
 
     Adapted layers within an adapted layer are a part of it: the output projection of an attention, for instance.
@@ -135,7 +135,7 @@ def adapted_layers(model: nn.Module) -> dict[str, "BaseTunerLayer"]:
     return found
 
 
-def adapter_parameters(layer: "BaseTunerLayer") -> list[nn.Parameter]:
+def _trained_parameters(layer: "BaseTunerLayer") -> list[nn.Parameter]:
     """The parameters of a layer's adapters that are trained, with those of adapters within it."""
     assert isinstance(layer, nn.Module)
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -143,7 +143,7 @@ def adapter_parameters(layer: "BaseTunerLayer") -> list[nn.Parameter]:
     parameters = {name: each for name, each in layer.named_parameters() if not name.startswith("base_layer.")}
     for path, inner in layer.named_modules():
         if inner is not layer and isinstance(inner, BaseTunerLayer):
-            parameters |= {f"{path}.{at}": each for at, each in enumerate(adapter_parameters(inner))}
+            parameters |= {f"{path}.{at}": each for at, each in enumerate(_trained_parameters(inner))}
     return [each for each in {id(each): each for each in parameters.values()}.values() if each.requires_grad]
 
 
@@ -205,13 +205,13 @@ class AdapterStatistics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters."""
-        layers = adapted_layers(pl_module)
+        layers = _adapted_layers(pl_module)
         if not layers:
             raise UserError(
                 f"AdapterStatistics watches adapters, and {type(pl_module).__name__} has none; give it an adapter, or "
                 "take AdapterStatistics out of trainer.callbacks"
             )
-        self._layers = {name: adapter_parameters(layer) for name, layer in layers.items()}
+        self._layers = {name: _trained_parameters(layer) for name, layer in layers.items()}
         if self._norms is not None and len(self._norms) != len(layers):
             self._norms, self._steps = None, 0
 
@@ -328,7 +328,7 @@ def _ratio(adapter: float, block: float) -> float:
 
 
 def _gradient_norm(layer: "BaseTunerLayer") -> float | None:
-    parameters = adapter_parameters(layer)
+    parameters = _trained_parameters(layer)
     if all(each.grad is None for each in parameters):
         return None
     return float(_gradient_norms([parameters]))
@@ -365,7 +365,10 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode without gradients, autocast and compilation; afterwards all modes and random numbers are as before."""
     modes = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        # The fast path of attention rounds otherwise than the one that adapted attention takes.
+        torch.backends.mha.set_fastpath_enabled(False)
         for module in modes:  # not eval(), which classes override
             module.training = False
         with (
@@ -377,6 +380,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         ):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
 
@@ -390,7 +394,7 @@ def _observed(layers: Mapping[str, "BaseTunerLayer"], record: Any) -> Iterator[N
     def before(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Copies, as a block may begin with an operation in place.
-            args, kwargs = _copied(args), _copied(kwargs)
+            args, kwargs = _copied((args, kwargs), {})
             with _without_adapters(layer):
                 blocks[name] = _first(layer.base_layer(*args, **kwargs)).clone()  # type: ignore[operator]
 
@@ -420,6 +424,8 @@ class _UsedWeights(TorchFunctionMode):
     """
 
     def __init__(self, layers: Mapping[str, "BaseTunerLayer"], record: Any) -> None:
+        weights = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
+        self.weights = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
         self.layers = layers
         self.record = record
 
@@ -428,15 +434,16 @@ class _UsedWeights(TorchFunctionMode):
         output = func(*args, **kwargs)
         if getattr(func, "__name__", "") in ("linear", "conv2d"):
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            for name, layer in self.layers.items():
-                known = getattr(layer, "weight", None)
-                if isinstance(known, Tensor) and known.shape == weight.shape and torch.equal(known, weight):
-                    base = layer.get_base_layer().weight
+            for name, known in self.weights.items():
+                if known.shape == weight.shape and torch.equal(known, weight):
+                    base = self.layers[name].get_base_layer().weight
                     if len(args) > 1:
                         block = func(args[0], base, *args[2:], **kwargs)
                     else:
                         block = func(*args, **(kwargs | {"weight": base}))
                     self.record(name, block, output)
+                    del self.weights[name]
+                    break
         return output
 
 
@@ -456,12 +463,12 @@ def _without_adapters(layer: nn.Module) -> Iterator[None]:
             each._disable_adapters = disabled
 
 
-def _copied(values: Any) -> Any:
-    if isinstance(values, Tensor):
-        return values.clone()
+def _copied(values: Any, copies: dict[int, Tensor]) -> Any:
+    if isinstance(values, Tensor):  # attention computes otherwise when query, key and value are one tensor
+        return copies.setdefault(id(values), values.clone())
     if isinstance(values, Mapping):
-        return {name: _copied(value) for name, value in values.items()}
-    return tuple(map(_copied, values)) if isinstance(values, tuple) else values
+        return {name: _copied(value, copies) for name, value in values.items()}
+    return tuple(_copied(value, copies) for value in values) if isinstance(values, tuple) else values
 
 
 def _first(output: Any) -> Tensor:
