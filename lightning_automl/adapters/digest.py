@@ -2,12 +2,19 @@
 
 from collections.abc import Collection, Iterator
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+
+def inside(layer: Any) -> nn.Module:
+    """The module that a layer of peft was put around."""
+    module: nn.Module = layer.base_layer
+    return module
 
 
 def base_tensors(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -21,13 +28,13 @@ def base_tensors(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
         Name and tensor (the network's own, not a copy) of all that ``state_dict`` of the plain network has.
     """
     originals: dict[str, Tensor] = {}
-    module = network
+    module: Any = network
     while True:
         if isinstance(module, PeftModel):
             module = module.get_base_model()
         elif isinstance(module, BaseTunerLayer):
             originals |= getattr(module, "originals", {})
-            module = module.base_layer
+            module = inside(module)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
         else:

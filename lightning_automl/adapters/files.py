@@ -1,8 +1,8 @@
 """Add, switch, save and load adapters; files in peft's layout.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. When peft's own layers give the same outputs,
-the file is a plain LoRA file, which peft reads without this package. Otherwise its method is one that peft does not know
-before ``lightning_automl.adapters`` is imported: it fails then, and never gives other outputs silently.
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. When peft's own layers give the same
+outputs, the file is a plain LoRA file, which peft reads without this package. Otherwise its method is one that peft
+does not know before ``lightning_automl.adapters`` is imported: it fails then, and never gives other outputs silently.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import peft
 import safetensors
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -87,8 +87,8 @@ def add_adapter(
         )
     if own.peft_type != network.peft_type:
         raise UserError(
-            f"the model has adapters of the method {network.peft_type.value}, so one of {own.peft_type.value} cannot be "
-            "added; add it to a network of its own"
+            f"the model has adapters of the method {PeftType(network.peft_type).value}, so one of "
+            f"{own.peft_type.value} cannot be added; add it to a network of its own"
         )
     network.add_adapter(name, own)
     _activate(network, name, inference=False)
@@ -195,8 +195,7 @@ def load_adapter(network: nn.Module, directory: str | Path, name: str = "default
     base = network.get_base_model() if isinstance(network, PeftModel) else network
     if config.num_classes is None:
         config.num_classes = _classes(base, config, tensors)
-    others = list(network.peft_config) if isinstance(network, PeftModel) else []
-    active = network.active_adapter if others else None
+    active = str(network.active_adapter) if isinstance(network, PeftModel) else None
     model = add_adapter(network, config, name)
     try:
         _fill(model, tensors, name, directory)
@@ -251,7 +250,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _config(contents: dict[str, Any], directory: Path) -> Any:
     kind = contents["peft_type"]
     if kind == "LORA":
-        return _taken_over(peft.LoraConfig.from_peft_type(**contents), loaded=True)
+        return _taken_over(peft.LoraConfig.from_peft_type(**contents), loaded=True)  # type: ignore[no-untyped-call]
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if config_class is None or (not hasattr(config_class, "base_digest") and kind != "IMAGE_LORA"):
         raise UserError(f"{directory} holds an adapter of the method {kind!r}, which this package does not read")
@@ -303,7 +302,7 @@ def _classes(network: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
 
 def _plain_contents(model: PeftModel, name: str) -> dict[str, Any] | None:
     """The configuration of a plain LoRA file, if peft's own layers give the same outputs for it."""
-    config = model.peft_config[name]
+    config: Any = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.scale != "fixed":
         return None
     network = model.get_base_model()
@@ -323,12 +322,12 @@ def _plain_contents(model: PeftModel, name: str) -> dict[str, Any] | None:
             return None
     targets = list(config.target_modules)
     exact = all(plain in layers or not plain.endswith(tuple(f".{target}" for target in targets)) for plain in names)
-    contents = peft.LoraConfig(
+    contents: dict[str, Any] = peft.LoraConfig(
         **{
             option: getattr(config, option) for option in _SHARED if option not in ("target_modules", "modules_to_save")
         },
         inference_mode=True,
-    ).to_dict()
+    ).to_dict()  # type: ignore[no-untyped-call]
     contents["peft_type"] = "LORA"
     contents["modules_to_save"] = saved or None
     contents["target_modules"] = targets if exact else "|".join(target.replace(".", r"\.") for target in targets)

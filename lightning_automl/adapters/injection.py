@@ -1,9 +1,9 @@
-"""What all our methods share when peft puts them into a network: exact names, the head, the modes and the base's digest.
+"""What all our methods share when peft puts them into a network: exact names, head, modes and the base's digest.
 
-peft 0.21 finds modules by the ends of their names (``conv1`` also means ``layer1.0.conv1``, and a head ``fc`` also means
-``se.xfc``), shortens long lists of names to such ends, leaves adapters in training mode that it puts into a network in
-evaluation mode, and lets frozen adapters train after they were disabled for a moment. That is right for language
-models and wrong for arbitrary image networks, so :class:`ImageTuner` does these steps itself.
+peft 0.21 finds modules by the ends of their names (``conv1`` also means ``layer1.0.conv1``, and a head ``fc`` also
+means ``se.xfc``), shortens long lists of names to such ends, leaves adapters in training mode that it puts into a
+network in evaluation mode, and lets frozen adapters train after they were disabled for a moment. That is right for
+language models and wrong for arbitrary image networks, so :class:`ImageTuner` does these steps itself.
 """
 
 import copy
@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from lightning_automl.adapters.anatomy import anatomy, base_module
-from lightning_automl.adapters.digest import base_digest
+from lightning_automl.adapters.digest import base_digest, inside
 from lightning_automl.rundir import UserError
 
 
@@ -27,8 +27,6 @@ class ImageTuner(BaseTuner):
     adapter's head; ``None`` keeps the network's) and ``base_digest``. After injection the first two are tuples of full
     names, and ``base_digest`` is set: a configuration with a digest, as read from a file, is taken literally.
     """
-
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - declared by peft as an attribute of the instance
 
     def resolve(self, config: Any, network: nn.Module) -> list[str]:
         """Full names of the modules to adapt, before anything of the network was changed.
@@ -66,8 +64,8 @@ class ImageTuner(BaseTuner):
         digest = base_digest(model, saved)
         if resolved and config.base_digest != digest:
             raise UserError(
-                f"adapter {adapter_name!r} was made for another base network (digest {config.base_digest}, this one has "
-                f"{digest}); load the network with the weights that it was trained on"
+                f"adapter {adapter_name!r} was made for another base network (digest {config.base_digest}, this one "
+                f"has {digest}); load the network with the weights that it was trained on"
             )
         config.base_digest = digest
         config.target_modules = tuple(targets)  # peft would shorten a list or a set
@@ -97,12 +95,12 @@ class ImageTuner(BaseTuner):
         trains = active and not self.peft_config[adapter_name].inference_mode
         if not isinstance(wrapper, ModulesToSaveWrapper):
             module = wrapper
-            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper = ModulesToSaveWrapper(module, adapter_name)  # type: ignore[no-untyped-call]
             wrapper.set_adapter(adapter_name if active else [], inference_mode=not trains)
             wrapper.training = wrapper.modules_to_save.training = module.training
             setattr(model.get_submodule(parent), child_name, wrapper)
         else:
-            wrapper.update(adapter_name)
+            wrapper.update(adapter_name)  # type: ignore[no-untyped-call]
         if num_classes is not None:
             wrapper.modules_to_save[adapter_name] = resized(wrapper.original_module, num_classes)
         wrapper.modules_to_save[adapter_name].requires_grad_(trains)
@@ -129,7 +127,7 @@ def unwrap(network: nn.Module) -> nn.Module:
             module: Any = child
             while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 if isinstance(module, BaseTunerLayer):
-                    module = module.base_layer
+                    module = inside(module)
                 else:
                     active = [a for a in module.active_adapters if a in getattr(module, "modules_to_save", {})]
                     module = module.modules_to_save[active[0]] if active else module.original_module
@@ -150,8 +148,8 @@ def resized(module: nn.Module, num_classes: int) -> nn.Module:
     names = [name for name, layer in head.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
         raise NotImplementedError(
-            f"no head of {num_classes} classes can be made from a {type(module).__name__}, which has no nn.Linear and no "
-            "nn.Conv2d; give the network a head of this size"
+            f"no head of {num_classes} classes can be made from a {type(module).__name__}, which has no nn.Linear and "
+            "no nn.Conv2d; give the network a head of this size"
         )
     last: Any = head.get_submodule(names[-1])
     weight = last.weight
@@ -176,8 +174,8 @@ def _check_name(network: nn.Module, adapter_name: str) -> None:
     taken = parts - {part for layer in tuner_layers(network) for part in _adapters(layer)}
     if "." in adapter_name or not adapter_name or adapter_name in taken:
         raise UserError(
-            f"an adapter cannot be named {adapter_name!r}: peft tells adapters apart by the parts of names between dots, "
-            "and a module of this network has it; choose another"
+            f"an adapter cannot be named {adapter_name!r}: peft tells adapters apart by the parts of names between "
+            "dots, and a module of this network has it; choose another"
         )
 
 
@@ -232,8 +230,8 @@ def base_modules(module: nn.Module, plain: str = "", path: str = "") -> Iterator
     yield plain, path, module
     if isinstance(module, AuxiliaryTrainingWrapper):
         return
-    inner = module
+    inner: Any = module
     while isinstance(inner, BaseTunerLayer):
-        inner, path = inner.base_layer, f"{path}.base_layer"
+        inner, path = inside(inner), f"{path}.base_layer"
     for name, child in inner.named_children():
         yield from base_modules(child, f"{plain}.{name}" if plain else name, f"{path}.{name}" if path else name)

@@ -1,22 +1,23 @@
 """LoRA, rsLoRA and DoRA for convolutions of any kind, linear layers and attention.
 
-Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685 (section 4.1): ``h = W0 x + s B A x`` with frozen ``W0``,
-``A`` of ``r`` rows and ``B = 0`` at the start; ``s = alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski, 2023,
-https://arxiv.org/abs/2312.03732). DoRA (Liu et al., ICML 2024, https://arxiv.org/abs/2402.09353, equation 5):
-``W' = m (W0 + s B A) / ||W0 + s B A||`` with a learned magnitude an output and the norm held constant in the gradient.
+Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685 (section 4.1): ``h = W0 x + s B A x`` with frozen
+``W0``, ``A`` of ``r`` rows and ``B = 0`` at the start; ``s = alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA
+(Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732). DoRA (Liu et al., ICML 2024, https://arxiv.org/abs/2402.09353,
+equation 5): ``W' = m (W0 + s B A) / ||W0 + s B A||`` with a learned magnitude an output and the norm held constant in
+the gradient.
 
-peft injects, switches and saves. Its layers for convolutions are wrong for dilation, padding modes and groups (peft 0.21:
-issues 3697, 2403, 2202), and its layer for attention changes the weights during the forward pass; the layers here replace
-them and keep the names of the parameters:
+peft injects, switches and saves. Its layers for convolutions are wrong for dilation, padding modes and groups (peft
+0.21: issues 3697, 2403, 2202), and its layer for attention changes the weights during the forward pass; the layers here
+replace them and keep the names of the parameters:
 
 - *Composition*, for ``nn.Linear`` and for ``nn.Conv2d`` without groups: ``A`` is a convolution with the base's kernel,
   stride, padding, dilation and padding mode to ``r`` channels, ``B`` one of 1 x 1.
-- *Weight*, for groups, subclasses (static "same" padding, standardised weights) and DoRA: the base's own forward with the
-  weight ``W0 + s B A``, where ``A`` is ``(r, inputs per group x kernel)`` and ``B`` ``(outputs, r)``. This is exact for
-  whatever the layer does with its weight.
+- *Weight*, for groups, subclasses (static "same" padding, standardised weights) and DoRA: the base's own forward with
+  the weight ``W0 + s B A``, where ``A`` is ``(r, inputs per group x kernel)`` and ``B`` ``(outputs, r)``. This is exact
+  for whatever the layer does with its weight.
 
-Some networks use the weight of a layer without calling it (torchvision's Swin, ``nn.MultiheadAttention``); ``layer.weight``
-is therefore the weight with the adapter in it. There, dropout does not act.
+Some networks use the weight of a layer without calling it (torchvision's Swin, ``nn.MultiheadAttention``);
+``layer.weight`` is therefore the weight with the adapter in it. There, dropout does not act.
 """
 
 import math
@@ -50,16 +51,16 @@ class LoraConfig(peft.LoraConfig):
         use_rslora: Multiply by ``lora_alpha / sqrt(r)`` instead.
         use_dora: Learn the magnitude of each output apart from the direction.
         scale: Whether the factor is fixed, or learned for each layer from that value on; merged with the rest.
-        target_modules: ``"auto"``, all layers but the first and the head for which the adapter is smaller than the layer;
-            of these ``"conv"``, ``"linear"`` or ``"attention"``; or a regular expression for full names, or a list of full
-            names or of their ends, which may name any layer.
-        modules_to_save: Names of modules to train as a whole and to save and switch with the adapter. ``None`` is the head,
-            ``[]`` nothing.
+        target_modules: ``"auto"``, all layers but the first and the head for which the adapter is smaller than the
+            layer; of these ``"conv"``, ``"linear"`` or ``"attention"``; or a regular expression for full names, or a
+            list of full names or of their ends, which may name any layer.
+        modules_to_save: Names of modules to train as a whole and to save and switch with the adapter. ``None`` is the
+            head, ``[]`` nothing.
         rank_pattern: Ranks of layers by the end of their names, or by regular expressions for it.
         alpha_pattern: ``lora_alpha`` of layers in the same way.
         num_classes: Outputs of a new head for this adapter; ``None`` keeps the network's.
-        base_digest: Filled when the adapter is added, see :func:`~lightning_automl.adapters.base_digest`. When given, the
-            base must have it, and names are taken literally.
+        base_digest: Filled when the adapter is added, see :func:`~lightning_automl.adapters.base_digest`. When given,
+            the base must have it, and names are taken literally.
         peft_type: The method's name in files.
 
     Raises:
@@ -98,7 +99,7 @@ class LoraConfig(peft.LoraConfig):
             raise UserError(f"num_classes is {num_classes!r}; give the number of labels, or nothing to keep the head")
         super().__init__(
             r=r,
-            lora_alpha=lora_alpha,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type]  # any number will do
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             use_dora=use_dora,
@@ -106,7 +107,7 @@ class LoraConfig(peft.LoraConfig):
             rank_pattern=dict(rank_pattern or {}),
             alpha_pattern=dict(alpha_pattern or {}),
         )
-        self.target_modules = target_modules  # peft makes a set of a list
+        self.target_modules: Any = target_modules  # peft makes a set of a list
         self.peft_type = PeftType(peft_type)
         self.scale = scale
         self.num_classes = num_classes
@@ -115,7 +116,7 @@ class LoraConfig(peft.LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The arguments, as they go into a file."""
         return {
-            "peft_type": self.peft_type.value,
+            "peft_type": PeftType(self.peft_type).value,
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
@@ -124,20 +125,21 @@ class LoraConfig(peft.LoraConfig):
             "scale": self.scale,
             "target_modules": self.target_modules if isinstance(self.target_modules, str) else [*self.target_modules],
             "modules_to_save": None if self.modules_to_save is None else [*self.modules_to_save],
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": dict(self.rank_pattern or {}),
+            "alpha_pattern": dict(self.alpha_pattern or {}),
             "num_classes": self.num_classes,
             "base_digest": self.base_digest,
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, without the name of the network's class, which says nothing about an image network."""
+        """Write ``adapter_config.json``, without the name of the network's class."""
         kwargs.pop("auto_mapping_dict", None)
         super().save_pretrained(save_directory, **kwargs)
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this full name."""
-        return int(self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r))
+        ranks = self.rank_pattern or {}
+        return int(ranks.get(get_pattern_key(list(ranks), name), self.r))
 
 
 class Magnitude(nn.Module):
@@ -197,19 +199,19 @@ class LoraLayer(nn.Module, lora.LoraLayer):
         """Whether ``B(A(x))`` is what the update adds to the output."""
         raise NotImplementedError
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Add an adapter, or make one of this name anew."""
         side = min(self.in_features_of_matrix, self.base_weight.shape[0])
         assert 0 < r <= side, (r, side)  # LoraModel.resolve has seen to it
         self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha  # type: ignore[assignment]
+        self.lora_alpha[adapter_name] = lora_alpha
         self.lora_bias[adapter_name] = False
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_A[adapter_name], self.lora_B[adapter_name] = self.factors(r)
-        self.reset_lora_parameters(adapter_name, True)
+        self.reset_lora_parameters(adapter_name, True)  # type: ignore[no-untyped-call]
         if config.scale == "learnable":
             self.lora_scale[adapter_name] = nn.Parameter(torch.tensor(self.scaling[adapter_name]))
         if config.use_dora:
@@ -234,12 +236,12 @@ class LoraLayer(nn.Module, lora.LoraLayer):
 
     def scale(self, name: str) -> Tensor | float:
         """The factor of the adapter's update."""
-        return self.lora_scale[name] if name in self.lora_scale else self.scaling[name]
+        scale: Tensor | float = self.lora_scale[name] if name in self.lora_scale else self.scaling[name]
+        return scale
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s B A`` in the shape of the base weight."""
-        first: Tensor = self.lora_A[adapter].weight
-        second: Tensor = self.lora_B[adapter].weight
+        first, second = _weight(self.lora_A[adapter]), _weight(self.lora_B[adapter])
         with torch.autocast(first.device.type, enabled=False):
             product = second.flatten(1) @ first.flatten(1)
             return (product * self.scale(adapter)).reshape(self.base_weight.shape)
@@ -256,7 +258,7 @@ class LoraLayer(nn.Module, lora.LoraLayer):
             if self.use_dora[name]:
                 # Section 4.3 of the paper: the norm is a constant in the backward pass.
                 norm = _norms(adapted.detach()).clamp_min(torch.finfo(adapted.dtype).tiny)
-                factor = self.lora_magnitude_vector[name].weight.to(adapted.dtype) / norm
+                factor = _weight(self.lora_magnitude_vector[name]).to(adapted.dtype) / norm
                 factor = factor.view(-1, *(1,) * (adapted.ndim - 1))
                 kept, adapted = kept * factor, adapted * factor
         return kept, adapted
@@ -288,7 +290,7 @@ class LoraLayer(nn.Module, lora.LoraLayer):
             result = self.base_layer(x, *args, **kwargs)
             for name in names:
                 first, second = self.lora_A[name], self.lora_B[name]
-                inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(first.weight.dtype)
+                inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(_weight(first).dtype)
                 update = second(first(self.lora_dropout[name](inputs))) * self.scale(name)
                 result = result + update.to(result.dtype)
             return result
@@ -404,7 +406,7 @@ class LoraConv2d(LoraLayer):
 
 
 class LoraMultiheadAttention(LoraLayer):
-    """An attention layer with low-rank updates of its input projection; the output projection has a layer of its own."""
+    """An attention with low-rank updates of its input projection; the output projection has a layer of its own."""
 
     weight_name = "in_proj_weight"
 
@@ -429,7 +431,8 @@ class LoraMultiheadAttention(LoraLayer):
     @property
     def projection(self) -> LoraLinear:
         """The layer around the output projection."""
-        layer: LoraLinear = self.base_layer.out_proj
+        attention: Any = self.base_layer
+        layer: LoraLinear = attention.out_proj
         return layer
 
     @property
@@ -437,7 +440,7 @@ class LoraMultiheadAttention(LoraLayer):
         """The weight that the input projection acts with now."""
         return self.effective_weight()
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Add an adapter to both projections."""
         super().update_layer(adapter_name, r, lora_alpha, config)
         if adapter_name not in self.projection.lora_A:
@@ -474,7 +477,7 @@ class LoraModel(ImageTuner, lora.LoraModel):
     """peft's LoRA tuner with the layers of this file."""
 
     prefix: str = "lora_"
-    tuner_layer_cls = LoraLayer
+    tuner_layer_cls: type[lora.LoraLayer] = LoraLayer
 
     def resolve(self, config: LoraConfig, network: nn.Module) -> list[str]:
         """Full names of the layers to adapt; see the arguments of :class:`LoraConfig`."""
@@ -496,13 +499,13 @@ class LoraModel(ImageTuner, lora.LoraModel):
             matrices = " and ".join(f"{rows} x {columns}" for rows, columns in shapes)
             if rank > side:
                 raise UserError(
-                    f"rank {rank} is more than the smaller side of {name} ({matrices}); give at most {side}, in r or in "
-                    "rank_pattern, or leave the layer out of target_modules"
+                    f"rank {rank} is more than the smaller side of {name} ({matrices}); give at most {side}, in r or "
+                    "in rank_pattern, or leave the layer out of target_modules"
                 )
             if rank == side:
                 warnings.warn(
-                    f"rank {rank} of {name} is its full rank ({matrices}): the adapter can give any weight and is larger "
-                    "than the layer",
+                    f"rank {rank} of {name} is its full rank ({matrices}): the adapter can give any weight and is "
+                    "larger than the layer",
                     stacklevel=2,
                 )
         return names
@@ -552,8 +555,14 @@ _LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
 }
 
 
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight
+
+
 def _norms(weight: Tensor) -> Tensor:
-    return weight.flatten(1).norm(dim=1)
+    norms: Tensor = weight.flatten(1).norm(dim=1)
+    return norms
 
 
 def _matrices(module: Any) -> list[Tensor]:
@@ -574,8 +583,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
         known = "weight" in module._parameters
     if not known:
         raise NotImplementedError(
-            f"{name} is a {type(module).__name__} whose weight is not one parameter (separate key and value sizes, or a "
-            "parametrisation), which LoRA does not adapt here; leave it out of target_modules"
+            f"{name} is a {type(module).__name__} whose weight is not one parameter (separate key and value sizes, or "
+            "a parametrisation), which LoRA does not adapt here; leave it out of target_modules"
         )
 
 
