@@ -10,6 +10,7 @@ from lightning_automl.adapters.conv_adapter import ConvAdapterConfig, calibrate
 from lightning_automl.adapters.digest import base_digest
 from lightning_automl.adapters.files import add_adapter, load_adapter, save_adapter, switch_adapter
 from lightning_automl.adapters.lora import LoraConfig
+from lightning_automl.adapters.low_rank import LowRankConfig, low_rank_network
 from lightning_automl.adapters.merging import is_mergeable, merge_adapter, merged_network, unmerge_adapter
 from lightning_automl.adapters.targets import (
     adapter_parameters,
@@ -26,6 +27,7 @@ __all__ = [
     "Anatomy",
     "ConvAdapterConfig",
     "LoraConfig",
+    "LowRankConfig",
     "adapter_parameters",
     "add_adapter",
     "anatomy",
@@ -34,6 +36,7 @@ __all__ = [
     "describe_adapters",
     "is_mergeable",
     "load_adapter",
+    "low_rank_network",
     "merge_adapter",
     "merged_network",
     "resolve_blocks",

@@ -51,8 +51,10 @@ class Compression:
     lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        from lightning_automl.adapters.low_rank import LowRankConfig
+        from lightning_automl.adapters.low_rank import ENERGY, LowRankConfig
 
+        if self.energy is None and self.flops is None:
+            object.__setattr__(self, "energy", ENERGY)
         LowRankConfig(self.energy, self.flops, form=self.form)
         if self.finetune < 0:
             raise UserError(f"finetune is {self.finetune}; it is a number of epochs, 0 for none")
