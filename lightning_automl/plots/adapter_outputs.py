@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 LAYERS = 4
 #: Of the histograms, in standard deviations; they are symmetric around 0.
 BIN_WIDTH = 0.125
-_ASIDE: dict[str, Any] = {
-    **{"ha": "right", "fontsize": 8, "color": "0.35"},
-    "bbox": {"facecolor": "0.92", "edgecolor": "none", "pad": 1.5},
-}
 _PEAK = 0.005  # a smaller share of zeros is not drawn by itself
 #: Between these ratios neither drowns the other.
 USUAL = (0.01, 10.0)
@@ -128,20 +124,26 @@ def _over_epochs(figure: Any, rows: Sequence[Mapping[str, Any]], names: Sequence
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    low, high = ratio.get_ylim()
-    ends = min(low, USUAL[0] / 3), max(high, USUAL[1] * 3)
-    ratio.set_ylim(ends)
-    for start, end, text, va in (
-        (ends[0], USUAL[0], "adapter drowned", "top"),
-        (USUAL[1], ends[1], "block drowned", "bottom"),
-    ):
-        ratio.axhspan(start, end, color="0.92", zorder=0)
-        where = end * 0.9 if va == "top" else start * 1.1
-        ratio.text(0.98, where, text, transform=ratio.get_yaxis_transform(), va=va, **_ASIDE)
+    _mark_unusual(ratio)
     if len(names) > 1:
         bar = figure.colorbar(ScalarMappable(Normalize(1, len(names)), colours), ax=panels, pad=0.02)
         bar.set_label("layer, from first to last")
         bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _mark_unusual(axes: "Axes") -> None:
+    """Shade where one drowns the other; the words stand at the edges, where no line is."""
+    known = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
+    low, high = (
+        min([USUAL[0] / 3, *(each / 2.5 for each in known)]),
+        max([USUAL[1] * 3, *(each * 2.5 for each in known)]),
+    )
+    axes.set_ylim(low, high)
+    aside: dict[str, Any] = {"ha": "right", "fontsize": 8, "color": "0.35", "transform": axes.get_yaxis_transform()}
+    axes.axhspan(low, USUAL[0], color="0.92", zorder=0)
+    axes.text(0.98, low * 1.15, "adapter drowned", va="bottom", **aside)
+    axes.axhspan(USUAL[1], high, color="0.92", zorder=0)
+    axes.text(0.98, high / 1.15, "block drowned", va="top", **aside)
 
 
 def _histogram(output: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

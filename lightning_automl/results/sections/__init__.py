@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.page import Section
+from lightning_automl.results.sections.adapters import adapters
+from lightning_automl.results.sections.compression import compression
 from lightning_automl.results.sections.data import data
 from lightning_automl.results.sections.images import least_sure, most_wrong
 from lightning_automl.results.sections.predictions import calibration, confusion, recall, scores
@@ -24,8 +26,10 @@ SECTIONS: list[Callable[[Evidence], Section | None]] = [
     least_sure,
     data,
     curves,
+    adapters,
     configuration,
     cost,
+    compression,
     versions,
     commands,
 ]
