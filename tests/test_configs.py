@@ -2,13 +2,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from lightning_automl.models import ResNet
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 #: Drawn data in place of the file that the first line of a config names: classes, channels, side.
-ARRAYS = {"cifar100.npz": (100, 3, 32), "pneumoniamnist.npz": (2, 1, 28)}
+ARRAYS = {"cifar100.npz": (100, 3, 32), "cifar10_small.npz": (10, 3, 32), "pneumoniamnist.npz": (2, 1, 28)}
+#: And in place of a file of weights.
+WEIGHTS = {"cifar10_resnet20.th": lambda: ResNet(10)}
 
 
 def draw_folder(path):
@@ -33,6 +38,9 @@ def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz,
             classes, channels, side = ARRAYS[argument]
             counts = (4 * classes, classes, classes)
             arguments[index] = str(make_npz(tmp_path / argument, classes, channels, side, counts))
+        elif argument in WEIGHTS:
+            arguments[index] = str(tmp_path / argument)
+            torch.save(WEIGHTS[argument]().state_dict(), arguments[index])
     if "--dir" not in arguments:
         arguments += ["--dir", "run"]
     if arguments[0] == "search":

@@ -200,6 +200,8 @@ class FinetuneTask(ClassificationTask):
         from lightning_automl.adapters import add_adapter
 
         config = copy.copy(config)
+        if not is_loading():
+            config.base_digest = None  # of weights that are yet to come
         kept = getattr(config, "modules_to_save", None)
         norms = () if self.batch_norm == "frozen" else self._norms
         if kept is not None or norms:
