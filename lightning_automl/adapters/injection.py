@@ -199,6 +199,8 @@ def _saved_names(network: nn.Module, config: Any, targets: list[str], exact: boo
             )
         names += [name for name in found if name not in names]
     for name in names:
+        if isinstance(modules[name], BaseTunerLayer):
+            raise UserError(f"{name} is adapted by another adapter, so it cannot be in modules_to_save")
         attentions = (target for target in targets if isinstance(base_module(modules[target]), nn.MultiheadAttention))
         if any(f"{target}.".startswith(f"{name}.") for target in targets) or name.startswith(
             tuple(f"{attention}." for attention in attentions)
