@@ -8,9 +8,11 @@ of its parameters are shared), one empty image is sent through the copy in evalu
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -61,8 +63,14 @@ class Anatomy:
     image_shape: tuple[int, ...]
 
 
+#: What was found in networks that are in use, and the modules that they had then.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
+
+
 def anatomy(network: nn.Module, image: Tensor | None = None) -> Anatomy:
     """Find the parts of an image classifier, with or without adapters.
+
+    Without an image, what was found is remembered for as long as the network has the same modules.
 
     Nothing of the network changes: neither its modes, buffers and hooks nor what it may have cached. Adapters are seen
     as the layers that they adapt, under the names that these have in the plain network.
@@ -80,6 +88,21 @@ def anatomy(network: nn.Module, image: Tensor | None = None) -> Anatomy:
         UserError: If the network takes no image of these, or has no weight layer.
     """
     network = plain_network(network)
+    if image is not None:
+        return _anatomy(network, image)
+    built = [(name, type(base), id(base)) for name, base in _bases(network)]
+    signature = (built, _shapes(network))
+    known = _KNOWN.get(network)
+    if known is None or known[0] != signature:
+        known = _KNOWN[network] = signature, _anatomy(network, None)
+    return known[1]
+
+
+def _bases(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, base_module(module)) for name, module in plain_modules(network).items()]
+
+
+def _anatomy(network: nn.Module, image: Tensor | None) -> Anatomy:
     watched = _copy(network).eval()
     modules = plain_modules(watched)
     if not any(layer_kind(module) for module in modules.values()):
@@ -184,8 +207,7 @@ def _shapes(network: nn.Module) -> list[tuple[int, ...]]:
             sizes.append((published["input_size"][1], published["input_size"][2]))
             break
     sizes += [(size, size) for size in _SIZES]
-    bases = [module for module in plain_modules(network).values() if layer_kind(module) is not None]
-    first = base_module(bases[0])
+    first = next((base for _, base in _bases(network) if layer_kind(base) is not None), None)
     channels = getattr(network, "in_channels", None)
     if not isinstance(channels, int):
         channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
@@ -235,12 +257,6 @@ class _Watch(TorchFunctionMode):
         self.modules = modules
         self.names = {module: name for name, module in modules.items()}
         self.kinds = {name: kind for name, module in modules.items() if (kind := layer_kind(module)) is not None}
-        self.owners = {
-            id(parameter): name
-            for name in self.kinds
-            for parameter in modules[name].parameters()
-            if parameter.ndim >= 2
-        }
         self.clear()
         for name, module in modules.items():
             if name:
@@ -252,13 +268,19 @@ class _Watch(TorchFunctionMode):
         self.kept: list[Tensor] = []  # so that no identity is given twice
         self.parents: dict[int, set[int]] = {}
         self.makers: dict[int, str] = {}
-        self.raw: set[int] = set()
+        self.reached: set[int] = set()  # what depends on the images
+        self.raw: set[int] = set()  # what does so by nothing learned
+        self.owners: dict[int, set[str]] = {}  # layers of weights, and of what is made of them alone
+        for name in self.kinds:
+            for parameter in self.modules[name].parameters():
+                if _is_weight(parameter):
+                    self.owners[id(parameter)] = {name}
         self.used: dict[str, None] = {}
         self.stems: dict[str, None] = {}
         self.entered: dict[str, int] = {}
         self.calls: list[_Call] = []
         self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self.uses: dict[str, int] = {}  # how often a module itself used its input
+        self.uses: Counter[tuple[str, int]] = Counter()  # how often a module itself used a tensor
         self.attending: set[str] = set()
         self.stack: list[tuple[str, int | None]] = []  # of modules, and what they were given
 
@@ -267,6 +289,7 @@ class _Watch(TorchFunctionMode):
         self.clear()
         images = images.detach().view_as(images)
         self.raw.add(id(images))
+        self.reached.add(id(images))
         self.kept.append(images)
         random = torch.get_rng_state()
         try:
@@ -290,18 +313,24 @@ class _Watch(TorchFunctionMode):
         made, came = {id(tensor) for tensor in results}, {id(tensor) for tensor in given}
         for one in made:
             self.parents.setdefault(one, set()).update(came - {one})
-        name, own = self.stack[-1] if self.stack else ("", None)
-        if own in came and own not in made:
-            self.uses[name] = self.uses.get(name, 0) + 1
+        name = self.stack[-1][0] if self.stack else ""
+        self.uses.update((name, one) for one in came - made)
+        reached = bool(came & self.reached)
         inside = any(above in self.kinds for above, _ in self.stack)
-        owners = {} if inside else {self.owners[id(tensor)]: None for tensor in given if id(tensor) in self.owners}
+        owners = set() if inside else {owner for one in came for owner in self.owners.get(one, ())}
+        if owners and not reached:  # a weight is prepared, to be used later
+            for one in made:
+                self.owners[one] = self.owners.get(one, set()) | owners
+            return result
         for owner in owners:
             self.used[owner] = None
             if came & self.raw:
                 self.stems[owner] = None
             for one in made:
                 self.makers[one] = owner
-        if came & self.raw and not any(isinstance(tensor, nn.Parameter) and tensor.ndim >= 2 for tensor in given):
+        if reached:
+            self.reached |= made
+        if came & self.raw and not owners and not any(_is_weight(tensor) for tensor in given):
             self.raw |= made
         if _attends(func, args, kwargs, results[0]):
             self.attending.update(name for name, _ in self.stack[-1:])
@@ -322,10 +351,9 @@ class _Watch(TorchFunctionMode):
         name, own = self.stack.pop()
         given, gave = _tensors(args) + _tensors(kwargs), _tensors(output)
         self.kept += gave
-        if self.stack:
-            above, above_own = self.stack[-1]
-            if above_own in {id(tensor) for tensor in given} - {id(tensor) for tensor in gave}:
-                self.uses[above] = self.uses.get(above, 0) + 1
+        above = self.stack[-1][0] if self.stack else ""
+        self.uses.update((above, one) for one in {id(tensor) for tensor in given} - {id(tensor) for tensor in gave})
+        self.reached.update(id(tensor) for tensor in gave)
         if name in self.kinds:
             for tensor in gave:
                 self.makers[id(tensor)] = name
@@ -408,24 +436,33 @@ class _Watch(TorchFunctionMode):
         ]
         classes = {name: type(base_module(self.modules[name])) for name in candidates}
 
+        forks: dict[int, set[str]] = {}  # who uses a tensor more than once
+        for (name, tensor), count in self.uses.items():
+            if count > 1:
+                forks.setdefault(tensor, set()).add(name)
+
+        def is_residual(name: str) -> bool:
+            return any(name in forks.get(call.given, ()) for call in calls[name])
+
         def in_sequence(one: str, other: str) -> bool:
             if one == other:
                 return False
-            if classes[one] is classes[other] and self.uses.get(one, 0) > 1 and self.uses.get(other, 0) > 1:
+            if classes[one] is classes[other] and is_residual(one) and is_residual(other):
                 return True
-            return bool({call.gave for call in calls[one]} & {call.given for call in calls[other]})
+            between = {call.gave for call in calls[one]} & {call.given for call in calls[other]}
+            users = (user for tensor in between for user in forks.get(tensor, ()))
+            return bool(between) and all(f"{user}.".startswith(f"{other}.") for user in users)
 
         # A stage hands its input to the first of its blocks; a residual block uses it twice. What most modules of a
-        # class are, all are: a stage may be short, and a shortcut may be left out.
+        # class are, all are: a stage may have but one block, and a shortcut may be left out.
         holders = {name: within for name in candidates if (within := inside(name, candidates))}
-        looks = {
-            name: self.uses.get(name, 0) <= 1 and any(in_sequence(one, other) for one in within for other in within)
-            for name, within in holders.items()
-        }
-        votes: dict[type, list[bool]] = {}
-        for name, look in looks.items():
-            votes.setdefault(classes[name], []).append(look)
-        stages = {name for name in holders if 2 * sum(votes[classes[name]]) > len(votes[classes[name]])}
+        votes: Counter[type] = Counter()
+        for name, within in holders.items():
+            if is_residual(name):
+                votes[classes[name]] -= 1
+            elif any(in_sequence(one, other) for one in within for other in within):
+                votes[classes[name]] += 1
+        stages = {name for name in holders if votes[classes[name]] > 0}
         blocks: set[str] = set()
         for name in sorted(set(candidates) - stages, key=lambda name: min(len(call.above) for call in calls[name])):
             # by calls and not by names, since blocks may share a module that is registered outside of them
@@ -441,6 +478,10 @@ def _attends(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: T
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.ndim
         return result.ndim >= 3 and dim >= 2 and dim >= result.ndim - 2
     return name == "scaled_dot_product_attention"
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.ndim >= 2
 
 
 def _outputs(module: nn.Module) -> int:
