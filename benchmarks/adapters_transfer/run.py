@@ -63,12 +63,13 @@ class Condition:
 CONDITIONS = {
     "BreastMNIST, 10 a class": Condition("breastmnist.npz", 10, 50, 3, 20, 20),
     "PneumoniaMNIST, 10 a class": Condition("pneumoniamnist.npz", 10, 50, 3, 20, 20),
-    "BreastMNIST, 50 a class": Condition("breastmnist.npz", 50, 50, 3, 20, 8),
-    "PneumoniaMNIST, 50 a class": Condition("pneumoniamnist.npz", 50, 50, 3, 20, 8),
-    "CIFAR-100, 50 a class": Condition("cifar100.npz", 50, 10, 1, 100, 3),
+    "BreastMNIST, 50 a class": Condition("breastmnist.npz", 50, 50, 3, 20, 6),
+    "PneumoniaMNIST, 50 a class": Condition("pneumoniamnist.npz", 50, 50, 3, 20, 6),
+    "CIFAR-100, 50 a class": Condition("cifar100.npz", 50, 10, 1, 100, 2),
 }
 FEW = [name for name, condition in CONDITIONS.items() if condition.file != "cifar100.npz"]
-REFERENCE = "full"
+#: What the others are compared with: batch norms trained, which is the default, or at rest as with adapters.
+REFERENCES = ("full", "full, batch norms at rest")
 
 
 def _lora(rank: int) -> Any:
@@ -87,7 +88,8 @@ def _conv(**arguments: Any) -> Any:
 ARMS: dict[str, Callable[[], dict[str, Any]]] = {
     "head only": lambda: {"unfreeze": "head"},
     "last block": lambda: {"unfreeze": 1},
-    REFERENCE: lambda: {"unfreeze": "all"},
+    REFERENCES[0]: lambda: {"unfreeze": "all"},
+    REFERENCES[1]: lambda: {"unfreeze": "all", "batch_norm": "frozen"},
     "LoRA, r = 1": lambda: {"adapter": _lora(1)},
     "LoRA, r = 4": lambda: {"adapter": _lora(4)},
     "LoRA, r = 16": lambda: {"adapter": _lora(16)},
@@ -328,48 +330,50 @@ def _prepare() -> None:
     warnings.simplefilter("ignore")
 
 
-def summary(jobs: list[dict[str, Any]], memory: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each condition and arm.
 
-    The accuracy is the mean over seeds; its interval, and that of the difference from full fine-tuning, are of a
+    The accuracy is the mean over seeds; its interval, and those of the differences from full fine-tuning, are of a
     bootstrap over test images of that mean.
     """
     rows = []
     for name in CONDITIONS:
-        full = {job["seed"]: job for job in jobs if (job["condition"], job["arm"]) == (name, REFERENCE)}
-        for arm in ARMS:
-            own = {job["seed"]: job for job in jobs if (job["condition"], job["arm"]) == (name, arm)}
-            if 0 not in own:
+        arms = {
+            arm: {job["seed"]: job for job in jobs if (job["condition"], job["arm"]) == (name, arm)} for arm in ARMS
+        }
+        for arm, own in arms.items():
+            if not own:
                 continue
-            score, images = _mean_accuracy(own.values()), len(own[0]["right"])
-            seeds = [statistics.fmean(job["right"]) for job in own.values()]
-            peaks = [
-                each["peak_memory_mb"]
-                for each in memory
-                if each["arm"] == arm and (each["network"] == network_of(name))
-            ]
+            each = [statistics.fmean(job["right"]) for job in own.values()]
+            images = len(own[0]["right"])
             row: dict[str, Any] = {
                 "condition": name,
                 "arm": arm,
-                "accuracy": statistics.fmean(seeds),
-                "interval": bootstrap_interval(score, images)[:2],
-                "accuracy_of_seeds": seeds,
+                "accuracy": statistics.fmean(each),
+                "interval": bootstrap_interval(_mean_accuracy(own.values()), images)[:2],
+                "accuracy_of_seeds": each,
                 "balanced_accuracy": statistics.fmean(job["test_balanced_accuracy"] for job in own.values()),
                 "auroc": statistics.fmean(job["test_auroc"] for job in own.values()),
-                "trainable": own[0]["trainable"],
-                "trainable_share": own[0]["trainable_share"],
-                "file_kb": own[0]["file_bytes"] / 1024,
-                "step_ms": 1000 * statistics.median(job["step_seconds"] for job in own.values()),
-                "peak_memory_mb": peaks[0] if peaks else None,
                 "rate": own[0]["rate"],
             }
-            if arm != REFERENCE and full.keys() == own.keys():
-                difference = paired_bootstrap(score, _mean_accuracy(full.values()), images)
-                row["against_full"] = difference.difference
-                row["against_full_interval"] = [difference.low, difference.high]
-                row["against_full_of_seeds"] = [
-                    statistics.fmean(own[seed]["right"]) - statistics.fmean(full[seed]["right"]) for seed in own
-                ]
+            for reference in REFERENCES:
+                seeds = [seed for seed in own if seed in arms[reference]]
+                if arm == reference or not seeds:
+                    continue
+                first, second = (_mean_accuracy(arms[which][seed] for seed in seeds) for which in (arm, reference))
+                difference = paired_bootstrap(first, second, images)
+                row[f"less {reference}"] = {
+                    "mean": difference.difference,
+                    "interval": [difference.low, difference.high],
+                    "seeds": [
+                        statistics.fmean(own[seed]["right"]) - statistics.fmean(arms[reference][seed]["right"])
+                        for seed in seeds
+                    ],
+                    "balanced": statistics.fmean(
+                        own[seed]["test_balanced_accuracy"] - arms[reference][seed]["test_balanced_accuracy"]
+                        for seed in seeds
+                    ),
+                }
             rows.append(row)
     return rows
 
@@ -379,7 +383,30 @@ def _mean_accuracy(jobs: Iterable[dict[str, Any]]) -> Callable[[NDArray[np.int64
     return lambda images: float(right[images].mean())
 
 
-def against_full(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def costs(jobs: list[dict[str, Any]], memory: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What an arm takes, one row for each network and arm."""
+    rows = []
+    for base in ("efficientnet_lite0", "resnet20"):
+        for arm in ARMS:
+            own = [job for job in jobs if job["arm"] == arm and network_of(job["condition"]) == base]
+            if own:
+                peaks = [each["peak_memory_mb"] for each in memory if (each["network"], each["arm"]) == (base, arm)]
+                rows.append(
+                    {
+                        "network": base,
+                        "arm": arm,
+                        "trainable": own[0]["trainable"],
+                        "trainable_share": own[0]["trainable_share"],
+                        "file_kb": own[0]["file_bytes"] / 1024,
+                        "step_ms": 1000 * statistics.median(job["step_seconds"] for job in own),
+                        "precision": own[0]["precision"],
+                        "peak_memory_mb": peaks[0] if peaks else None,
+                    }
+                )
+    return rows
+
+
+def overall(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each arm the mean difference from full fine-tuning over data sets, numbers of images and seeds of MedMNIST.
 
     The interval is Student's, as if the differences were independent; they share test images, so it is too narrow.
@@ -387,48 +414,74 @@ def against_full(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from scipy.stats import t as student
 
     found = []
-    for arm in ARMS:
-        own = [row for row in rows if row["arm"] == arm and row["condition"] in FEW and "against_full" in row]
-        values = [value for row in own for value in row["against_full_of_seeds"]]
-        if len(values) < 2:
-            continue
-        mean = statistics.fmean(values)
-        reach = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-        found.append({"arm": arm, "mean": mean, "interval": [mean - reach, mean + reach], "differences": len(values)})
+    for reference in REFERENCES:
+        for arm in ARMS:
+            own = [row for row in rows if row["arm"] == arm and row["condition"] in FEW and f"less {reference}" in row]
+            values = [value for row in own for value in row[f"less {reference}"]["seeds"]]
+            if len(values) < 2:
+                continue
+            mean = statistics.fmean(values)
+            reach = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+            found.append(
+                {
+                    "arm": arm,
+                    "less": reference,
+                    "mean": mean,
+                    "interval": [mean - reach, mean + reach],
+                    "differences": len(values),
+                    "mean_of_balanced_accuracy": statistics.fmean(row[f"less {reference}"]["balanced"] for row in own),
+                }
+            )
     return found
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The tables of the README."""
+def markdown(rows: list[dict[str, Any]], costs: list[dict[str, Any]], overall: list[dict[str, Any]]) -> str:
+    """The tables of the README, in percent and in percentage points."""
     lines = []
     for name in CONDITIONS:
-        lines += [
-            f"\n{name}:\n",
-            "| arm | test accuracy (95 % over images) | seeds | less full fine-tuning (95 % over images) "
-            "| balanced accuracy | AUROC | trainable | file, KB | step, ms | peak memory, MB | learning rate |",
-            "|---" * 11 + "|",
-        ]
+        head = ["arm", "test accuracy", "of each seed", *(f"less {reference}" for reference in REFERENCES)]
+        lines += ["", f"{name}:", "", *_row(*head, "balanced accuracy", "AUROC", "learning rate", line=True)]
         for row in (row for row in rows if row["condition"] == name):
             low, high = (100 * end for end in row["interval"])
-            difference = ""
-            if "against_full" in row:
-                below, above = (100 * end for end in row["against_full_interval"])
-                difference = f"{100 * row['against_full']:+.1f} ({below:+.1f} to {above:+.1f})"
-            cells = [
+            lines += _row(
                 row["arm"],
                 f"{100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f})",
                 ", ".join(f"{100 * value:.1f}" for value in row["accuracy_of_seeds"]),
-                difference,
+                *(_difference(row.get(f"less {reference}")) for reference in REFERENCES),
                 f"{100 * row['balanced_accuracy']:.1f}",
                 f"{row['auroc']:.3f}",
-                f"{row['trainable']:,} ({100 * row['trainable_share']:.2g} %)",
-                f"{row['file_kb']:,.0f}",
-                f"{row['step_ms']:.0f}",
-                "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,}",
                 f"{row['rate']:g}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+            )
+    lines += ["", *_row("arm", *(f"less {reference}" for reference in REFERENCES), "balanced accuracy", line=True)]
+    for arm in ARMS:
+        own = {each["less"]: each for each in overall if each["arm"] == arm}
+        balanced = ", ".join(
+            f"{100 * own[each]['mean_of_balanced_accuracy']:+.1f}" for each in REFERENCES if each in own
+        )
+        lines += _row(arm, *(_difference(own.get(reference)) for reference in REFERENCES), balanced)
+    head = ["network", "arm", "trained parameters", "file, KB", "step, ms", "peak memory, MB"]
+    lines += ["", *_row(*head, line=True)]
+    for row in costs:
+        lines += _row(
+            row["network"],
+            row["arm"],
+            f"{row['trainable']:,} ({100 * row['trainable_share']:.1f} %)",
+            f"{row['file_kb']:,.0f}",
+            f"{row['step_ms']:.0f}",
+            "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,}",
+        )
     return "\n".join(lines)
+
+
+def _row(*cells: str, line: bool = False) -> list[str]:
+    return ["| " + " | ".join(cells) + " |", *(["|" + "---|" * len(cells)] if line else [])]
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = (100 * end for end in found["interval"])
+    return f"{100 * found['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def main() -> None:
@@ -452,19 +505,18 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     jobs: list[dict[str, Any]] = []
     with context.Pool(arguments.processes) as pool:
-        for first in (True, False):  # the later seeds want to know the learning rate
-            for outcome in pool.imap(partial(one, until=until), [job for job in every if (job.seed == 0) == first]):
+        for seed in sorted({job.seed for job in every}):  # later seeds want to know the learning rate
+            for outcome in pool.imap(partial(one, until=until), [job for job in every if job.seed == seed]):
                 if outcome is None:
                     continue
                 jobs.append(outcome)
                 told = {key: outcome[key] for key in ("condition", "arm", "seed", "rate", "seconds")}
                 print(told | {"test": round(statistics.fmean(outcome["right"]), 4)}, flush=True)
-    memory = []
     with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
         measured = [job for job in every if job.seed == 0 and job.name in (FEW[-1], list(CONDITIONS)[-1])]
         memory = pool.map(peak_memory, measured, chunksize=1)
-    rows = summary(jobs, memory)
-    differences = against_full(rows)
+    rows, cost = summary(jobs), costs(jobs, memory)
+    together = overall(rows)
     facts = {
         "budget": arguments.budget,
         "seconds_of_all_processes": sum(job["seconds"] for job in jobs),
@@ -472,10 +524,8 @@ def main() -> None:
         "rates": RATES,
         "tried": [{key: job[key] for key in ("condition", "arm", "tried")} for job in jobs if job["seed"] == 0],
     }
-    print(results.write(HERE, "small", rows, against_full=differences, **facts))
-    print(markdown(rows))
-    for each in differences:
-        print(each)
+    print(results.write(HERE, "small", rows, costs=cost, overall=together, **facts))
+    print(markdown(rows, cost, together))
 
 
 if __name__ == "__main__":
