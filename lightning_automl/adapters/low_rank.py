@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_automl.adapters.factorisation import (
     Form,
+    LowRankConv2d,
+    LowRankLinear,
     Spectrum,
     check_form,
     factorised,
@@ -197,7 +199,7 @@ def low_rank_network(
         >>> network.load_state_dict(...)  # doctest: +SKIP
         >>> again, _ = low_rank_network(network, LowRankConfig(**report.plan))  # doctest: +SKIP
     """
-    if hasattr(network, "peft_config"):
+    if hasattr(network, "get_base_model"):
         raise UserError("the network carries adapters; merge them first (merged_network), then compress it")
     before = sum(parameter.numel() for parameter in network.parameters())
     if image is not None:
@@ -282,19 +284,22 @@ def _flops(network: nn.Module, image: Tensor) -> int:
 def _targets(network: nn.Module, config: LowRankConfig, image: Tensor) -> list[str]:
     """Names of the layers that are looked at, in the order of execution."""
     # Only here, since they import peft, which takes a second and reading a plan back does without.
-    from lightning_automl.adapters.anatomy import anatomy
+    from lightning_automl.adapters.anatomy import anatomy, plain_modules
     from lightning_automl.adapters.targets import resolve_targets
 
     found = anatomy(network, image[:1])
     wanted = config.target_modules
-    names = resolve_targets(network, wanted, 1, found)
-    kinds = {name: network.get_submodule(name) for name in names}
-    if isinstance(wanted, str) and wanted in CHOICES:
-        return [name for name in names if isinstance(kinds[name], LAYERS)]
-    for name, module in kinds.items():
-        if not isinstance(module, LAYERS):
+    by_itself = isinstance(wanted, str) and wanted in CHOICES
+    modules = plain_modules(network)
+    own_names = {id(module): name for name, module in network.named_modules()}  # where it carries adapters, others
+    names = []
+    for name in resolve_targets(network, wanted, 1, found):
+        if isinstance(modules[name], LAYERS):
+            names.append(own_names[id(modules[name])])
+        elif not by_itself:
             raise NotImplementedError(
-                f"{name} is a {type(module).__name__}; linear layers and convolutions can be factorised; leave it out"
+                f"{name} is a {type(modules[name]).__name__}; linear layers and convolutions without adapters can be "
+                "factorised; leave it out"
             )
     return names
 
@@ -339,6 +344,8 @@ def _candidate(network: nn.Module, name: str, form: Form, calls: list[Call] | No
 
 def _refusal(network: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> str:
     parent = network.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, LowRankLinear | LowRankConv2d):
+        return "it is a factor already"
     if isinstance(parent, nn.MultiheadAttention):
         return "its weight is used without calling it"
     if "weight" not in layer._parameters:
@@ -449,8 +456,9 @@ def _reason(each: _Candidate, config: LowRankConfig) -> str:
 def _nothing(candidates: list[_Candidate], rows: list[LowRankLayer], config: LowRankConfig) -> str:
     able = [each for each in candidates if each.largest]
     if not able:
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:5])
-        return f"no layer can be made smaller ({reasons or 'none was found'}); give other target_modules"
+        first = {row.reason: row.name for row in reversed(rows)}  # the first layer of each reason
+        reasons = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[::-1])
+        return f"no layer can be made smaller ({reasons or 'none without an adapter was found'}); give other layers"
     if config.rank is not None:
         most = max(each.largest for each in able)
         return f"rank {config.rank} makes no layer smaller; give {most} or less"

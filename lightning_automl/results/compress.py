@@ -137,7 +137,8 @@ def compressed_task(run: Run, task: "LightningModule", wanted: Compression) -> t
     image = torch.randn(2, trained.channels, *trained.image_size, generator=torch.Generator().manual_seed(0))
     config = LowRankConfig(wanted.energy, wanted.flops, form=wanted.form)
     network, report = low_rank_network(_plain_network(task), config, image)
-    log.info("%s", report)
+    log.info("%s", str(report).splitlines()[0])
+    log.debug("%s", report)
     smaller = _task_like(task, network)
     results = {"before": before, "after": _evaluate(run, smaller, data)}
     exported = "after"

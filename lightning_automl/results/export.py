@@ -86,6 +86,7 @@ def export(
         task, record = compressed_task(run, task, wanted)
     write, read = _FORMATS[format]
     deployed: Any = task.deployed() if hasattr(task, "deployed") else task  # without LoRA beside its layers
+    deployed.low_rank = getattr(task, "low_rank", None)
     with replacing(target) as partial, torch.no_grad(), _quiet():
         write(deployed, trained, partial)
         difference = _difference(task, trained, read(deployed, partial))

@@ -394,6 +394,11 @@ class FinetuneTask(ClassificationTask):
         return written
 
     @property
+    def low_rank(self) -> dict[str, Any] | None:
+        """The arguments of the ``LowRankConfig`` that makes the factorised layers again; ``None`` without any."""
+        return self._plan
+
+    @property
     def _wrapped(self) -> Any:
         """The network as what peft has made of it."""
         return self.model

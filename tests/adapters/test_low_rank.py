@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
+from lightning_automl.adapters import ConvAdapterConfig, add_adapter
 from lightning_automl.adapters.factorisation import (
     factorise_conv,
     factorise_linear,
@@ -381,3 +382,25 @@ def test_weights_that_are_not_finite_are_told_by_name():
 def test_without_an_image_nothing_can_be_chosen():
     with pytest.raises(UserError, match="an image is needed"):
         low_rank_network(ResNet(5, depth=8), LowRankConfig())
+
+
+def test_what_is_compressed_already_or_carries_adapters_is_told():
+    network = ResNet(5, depth=8)
+    small, _ = low_rank_network(network, LowRankConfig(rank=4), IMAGES)
+    with pytest.raises(UserError, match=r"\(layer1.0.conv1.first: it is a factor already\); give other layers"):
+        low_rank_network(small, LowRankConfig(rank=2), IMAGES)
+    adapted = add_adapter(network, ConvAdapterConfig(scheme="conv_parallel"))
+    with pytest.raises(UserError, match="the network carries adapters; merge them first"):
+        low_rank_network(adapted, LowRankConfig(rank=2), IMAGES)
+    with pytest.raises(UserError, match="none without an adapter was found"):
+        low_rank_network(adapted.get_base_model(), LowRankConfig(rank=2), IMAGES)
+
+
+def test_layers_beside_an_adapter_are_factorised_under_their_own_names(warmed):
+    network = warmed(ResNet(5, depth=8), size=32)
+    adapted = add_adapter(network, ConvAdapterConfig(scheme="residual_parallel")).get_base_model().eval()
+    small, report = low_rank_network(adapted, LowRankConfig(ranks={"layer1.0.base_layer.conv1": 16}), IMAGES)
+    assert report.plan["ranks"] == {"layer1.0.base_layer.conv1": 16}
+    torch.testing.assert_close(small(IMAGES), adapted(IMAGES), atol=1e-4, rtol=0)
+    _, report = low_rank_network(adapted, LowRankConfig(rank=2), IMAGES)
+    assert {name.split(".")[2] for name in report.plan["ranks"]} == {"base_layer"}
