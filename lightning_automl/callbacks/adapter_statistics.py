@@ -97,20 +97,21 @@ def moments(values: Tensor) -> dict[str, Any]:
     Those of the numbers themselves, not of a population that they are drawn from; of what is not finite NaN.
     """
     flat = values.detach().flatten()
-    flat = flat.double() if flat.device.type != "mps" else flat.cpu().double()
+    flat = flat if flat.dtype == torch.float64 else flat.float()
     mean = flat.mean()
     centred = flat - mean
-    variance = centred.square().mean()
-    std = variance.sqrt()
-    skewness = (centred**3).mean() / std**3
-    kurtosis = (centred**4).mean() / variance**2 - 3
-    unit = torch.where((std > 0) & std.isfinite(), std, 1.0)
-    within = flat[flat.isfinite()] / (unit * BIN_WIDTH)
-    half = BINS // 2
-    bins = within.round().clamp(-half - 1, half + 1).long() + half + 1
+    std = centred.square().mean().sqrt()
+    scaled = centred.div_(std)
+    square = scaled.square()
+    skewness = scaled.mul_(square).mean()
+    kurtosis = square.square_().mean() - 3
+    zero = 1 - flat.count_nonzero() / max(1, flat.numel())
+    found = torch.stack([zero.to(mean.dtype), mean, std, skewness, kurtosis]).tolist()
+    unit = found[2] if 0 < found[2] < math.inf else 1.0
+    finite = flat if math.isfinite(found[1]) else flat[flat.isfinite()]
+    half = BINS // 2 + 1
+    bins = (finite / (unit * BIN_WIDTH)).round_().clamp_(-half, half).add_(half).to(torch.uint8)
     shares = torch.bincount(bins, minlength=BINS + 2) / max(1, flat.numel())
-    zero = (flat == 0).double().mean()
-    found = torch.stack([zero, mean, std, skewness, kurtosis]).tolist()
     below, *inside, above = (round(share, 6) for share in shares.tolist())
     return {
         **dict(zip(("zero_fraction", "mean", "std", "skewness", "kurtosis"), found, strict=True)),
@@ -293,7 +294,7 @@ class AdapterStatistics(Callback):
         small = {each["layer"]: each["ratio"] for each in row["layers"] if each["ratio"] < low}
         large = {each["layer"]: each["ratio"] for each in row["layers"] if each["ratio"] > high}
         for found, what in (
-            (small, f"is below {low:g}: the adapter hardly changes anything; raise its scale or its learning rate"),
+            (small, f"is below {low:g}: the block drowns the adapter; more epochs, a larger scale or rate would help"),
             (large, f"is above {high:g}: the adapter drowns its block; lower its scale or its learning rate"),
         ):
             new = {name: ratio for name, ratio in found.items() if name not in self._warned}

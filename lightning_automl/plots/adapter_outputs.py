@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.plots.curves import COLOURS
-from lightning_automl.plots.names import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 LAYERS = 4
 #: Of the histograms, in standard deviations; they are symmetric around 0.
 BIN_WIDTH = 0.125
+_LONGEST = 28  # characters above a panel
 _PEAK = 0.005  # a smaller share of zeros is not drawn by itself
 #: Between these ratios neither drowns the other.
 USUAL = (0.01, 10.0)
@@ -71,12 +71,14 @@ def _beside(axes: "Axes", layer: Mapping[str, Any]) -> None:
         axes.plot([0, 0], [0, 1], color="0.35", linewidth=2.5, solid_capstyle="butt", label="zeros of the block")
     if _positive(ratio):
         edges, shares = _histogram(adapter)
-        axes.stairs(shares / max(shares.max(), 1e-12), edges * ratio, color=COLOURS["val"], lw=1.6, label="adapter")
+        axes.stairs(
+            shares / max(shares.max(), 1e-12), edges * ratio, color=COLOURS["val"], lw=1.6, zorder=3, label="adapter"
+        )
     else:
         axes.plot([0, 0], [0, 1], color=COLOURS["val"], linewidth=1.6, label="adapter")
     axes.set_ylim(0, 1.08)
     axes.set_yticks([0, 0.5, 1])
-    axes.set_title(f"{shorten(layer['layer'], 30)}\n\n", fontsize=9, parse_math=False)
+    axes.set_title(f"{_end_of(layer['layer'])}\n\n", fontsize=9, parse_math=False)
     shape = f"{100 * block['zero_fraction']:.0f} % zeros, skewness {_short(block['skewness'])}"
     text = f"block: {shape}\nratio of standard deviations: {_short(ratio)}"
     axes.text(0.5, 1.03, text, transform=axes.transAxes, ha="center", va="bottom", fontsize=7.5, in_layout=False)
@@ -156,6 +158,11 @@ def _histogram(output: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[
 
 def _positive(value: float | None) -> bool:
     return value is not None and math.isfinite(value) and value > 0
+
+
+def _end_of(name: str) -> str:
+    """Of a long name its end, which is where layers differ."""
+    return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
 
 
 def _short(value: float | None) -> str:

@@ -313,7 +313,7 @@ def test_a_continued_run_records_what_one_without_a_break_does(place, tmp_path):
             assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("std", "lr", "word"), [(0.0, 1e-6, "hardly changes"), (30.0, 0.0, "drowns its block")])
+@pytest.mark.parametrize(("std", "lr", "word"), [(0.0, 1e-6, "drowns the adapter"), (30.0, 0.0, "drowns its block")])
 def test_a_layer_that_drowns_or_is_drowned_is_warned_about_once(std, lr, word, tmp_path, caplog):
     statistics = AdapterStatistics(directory=tmp_path)
     with caplog.at_level(logging.WARNING, "lightning_automl"):
