@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lightning_automl")
 
+_NO_VALIDATION = (
+    "{} was trained without a validation split, by which a compressed network is judged; compress a run that has one"
+)
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -213,6 +217,8 @@ def _data_module(run: Run) -> Any:
             f"the accuracy of the compressed network cannot be told, since the data of {run.directory} cannot be "
             f"opened: {one_sentence(root_cause(error))}"
         ) from error
+    if getattr(data, "train_on_val", False):
+        raise UserError(_NO_VALIDATION.format(run.directory))
     known = run.data.get("index")
     if known and hasattr(data, "contents"):
         if index_digest(data.contents.names, data.contents.labels.tolist()) != known:
@@ -263,10 +269,7 @@ def _evaluate(run: Run, task: Any, data: Any) -> Evaluation:
         trainer = _trainer(run)
         trainer.validate(task, datamodule=data, verbose=False)
     if "val" not in task.predictions:
-        raise UserError(
-            f"the data of {run.directory} have no validation images, by which a compressed network is judged; "
-            "train the network with some"
-        )
+        raise UserError(_NO_VALIDATION.format(run.directory))
     scores, labels = (tensor.cpu() for tensor in task.predictions["val"])
     task.cpu().eval()
     return Evaluation((scores.argmax(1) == labels).numpy(), float(trainer.callback_metrics["val_loss"]))

@@ -135,11 +135,15 @@ def test_mistakes_end_with_one_sentence(command, finished_digits, text, sentence
     assert not (finished_digits / "compression.json").exists()
 
 
-def test_data_that_are_gone_or_have_changed_are_told(digits, make_npz, tmp_path):
+def test_data_that_are_gone_changed_or_without_validation_images_are_told(digits, tmp_path):
     config = yaml.safe_load((digits / "config.yaml").read_text())
     about = json.loads((digits / "data.json").read_text())
     (digits / "data.json").write_text(json.dumps(about | {"index": "0" * 32}))
     with pytest.raises(UserError, match=r"the data are not those that .* was trained on"):
+        export(digits, "safetensors", compress="energy=0.9")
+    config["data"]["init_args"]["train_on_val"] = True
+    (digits / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="was trained without a validation split"):
         export(digits, "safetensors", compress="energy=0.9")
     arguments = {"path": str(tmp_path / "gone.npz")}
     config["data"] = {"class_path": "lightning_automl.data.ArraysDataModule", "init_args": arguments}
