@@ -15,9 +15,10 @@ from typing import Any
 
 import peft
 import safetensors
+import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftType, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -26,7 +27,7 @@ from lightning_automl import rundir
 from lightning_automl.adapters.anatomy import anatomy
 from lightning_automl.adapters.digest import base_digest
 from lightning_automl.adapters.injection import base_modules, tuner_layers, unwrap
-from lightning_automl.adapters.lora import LoraConfig, LoraLayer, LoraLinear, LoraMultiheadAttention
+from lightning_automl.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from lightning_automl.rundir import UserError
 
 __all__ = ["add_adapter", "base_digest", "load_adapter", "save_adapter", "switch_adapter"]
@@ -199,6 +200,8 @@ def load_adapter(network: nn.Module, directory: str | Path, name: str = "default
     model = add_adapter(network, config, name)
     try:
         _fill(model, tensors, name, directory)
+        if contents["peft_type"] == "LORA":
+            _check_peft_was_right(model, name, directory)
     except BaseException:
         if active is None:
             unwrap(base)
@@ -224,7 +227,20 @@ def _fill(model: PeftModel, tensors: dict[str, Tensor], name: str, directory: Pa
                 f"the adapter in {directory} was made for another architecture: it {title} {listed}{more}; load the "
                 "network that it was trained on"
             )
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    with torch.no_grad():  # in place: peft's way loses the versions that some networks ask for (torchvision's MNASNet)
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+
+
+def _check_peft_was_right(model: PeftModel, name: str, directory: Path) -> None:
+    """Refuse what plain peft trained with other outputs than LoRA's, as they could not be reproduced."""
+    for plain, _, layer in base_modules(model.get_base_model()):
+        if isinstance(layer, LoraLayer) and name in layer.lora_A and not _peft_is_right(layer):
+            raise UserError(
+                f"{directory} holds an adapter that peft made for {plain}, a {type(layer.base_layer).__name__} for "
+                "which peft's own layer is wrong, so its outputs cannot be reproduced; train it again with LoraConfig of "
+                "lightning_automl.adapters"
+            )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -317,8 +333,7 @@ def _plain_contents(model: PeftModel, name: str) -> dict[str, Any] | None:
     except UserError:
         return None
     for plain, layer in layers.items():
-        attention = isinstance(layer, LoraMultiheadAttention)
-        if not (isinstance(layer, LoraLayer) and (attention or plain in called) and _peft_is_right(layer, config)):
+        if not (isinstance(layer, LoraLayer) and plain in called and _peft_is_right(layer)):
             return None
     targets = list(config.target_modules)
     exact = all(plain in layers or not plain.endswith(tuple(f".{target}" for target in targets)) for plain in names)
@@ -334,14 +349,11 @@ def _plain_contents(model: PeftModel, name: str) -> dict[str, Any] | None:
     return contents
 
 
-def _peft_is_right(layer: LoraLayer, config: LoraConfig) -> bool:
+def _peft_is_right(layer: LoraLayer) -> bool:
     base: Any = layer.base_layer
     if isinstance(layer, LoraLinear):
         return type(base) in (nn.Linear, NonDynamicallyQuantizableLinear)
-    if config.use_dora:
-        return False
-    if isinstance(layer, LoraMultiheadAttention):
-        return type(base) is nn.MultiheadAttention
+    # Not on attention: peft 0.21 adds the update of the output projection twice (MultiheadAttention.merge).
     return (
         type(base) is nn.Conv2d
         and base.groups == 1

@@ -7,8 +7,8 @@ equation 5): ``W' = m (W0 + s B A) / ||W0 + s B A||`` with a learned magnitude a
 the gradient.
 
 peft injects, switches and saves. Its layers for convolutions are wrong for dilation, padding modes and groups (peft
-0.21: issues 3697, 2403, 2202), and its layer for attention changes the weights during the forward pass; the layers here
-replace them and keep the names of the parameters:
+0.21: issues 3697, 2403, 2202), and its layer for attention changes the weights during the forward pass and adds the
+update of the output projection twice; the layers here replace them and keep the names of the parameters:
 
 - *Composition*, for ``nn.Linear`` and for ``nn.Conv2d`` without groups: ``A`` is a convolution with the base's kernel,
   stride, padding, dilation and padding mode to ``r`` channels, ``B`` one of 1 x 1.
@@ -21,6 +21,7 @@ Some networks use the weight of a layer without calling it (torchvision's Swin, 
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -146,7 +147,7 @@ class Magnitude(nn.Module):
     """DoRA's magnitude of each output; a module, as in peft, so that the names in files agree.
 
     Args:
-        weight: Initial values ``(outputs,)``.
+        weight: Initial values, one an output.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -169,6 +170,8 @@ class LoraLayer(nn.Module, lora.LoraLayer):
 
     #: Name of the base layer's parameter that is adapted.
     weight_name = "weight"
+    #: Shape of DoRA's magnitudes, as in peft.
+    magnitude_shape: tuple[int, ...] = (-1,)
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float, **kwargs: Any
@@ -215,7 +218,8 @@ class LoraLayer(nn.Module, lora.LoraLayer):
         if config.scale == "learnable":
             self.lora_scale[adapter_name] = nn.Parameter(torch.tensor(self.scaling[adapter_name]))
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(_norms(self.base_weight.detach()))
+            norms = _norms(self.base_weight.detach())
+            self.lora_magnitude_vector[adapter_name] = Magnitude(norms.view(self.magnitude_shape))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -258,7 +262,7 @@ class LoraLayer(nn.Module, lora.LoraLayer):
             if self.use_dora[name]:
                 # Section 4.3 of the paper: the norm is a constant in the backward pass.
                 norm = _norms(adapted.detach()).clamp_min(torch.finfo(adapted.dtype).tiny)
-                factor = _weight(self.lora_magnitude_vector[name]).to(adapted.dtype) / norm
+                factor = _weight(self.lora_magnitude_vector[name]).flatten().to(adapted.dtype) / norm
                 factor = factor.view(-1, *(1,) * (adapted.ndim - 1))
                 kept, adapted = kept * factor, adapted * factor
         return kept, adapted
@@ -389,6 +393,8 @@ class LoraLinear(LoraLayer):
 class LoraConv2d(LoraLayer):
     """A convolution with low-rank updates."""
 
+    magnitude_shape = (1, -1, 1, 1)
+
     def factors(self, r: int) -> tuple[nn.Module, nn.Module]:
         """``A`` with weight ``(r, inputs per group, height, width)`` and ``B`` with ``(outputs, r, 1, 1)``."""
         base: Any = self.base_layer
@@ -485,7 +491,8 @@ class LoraModel(ImageTuner, lora.LoraModel):
         if config.base_digest is None:
             names = resolve_targets(network, config.target_modules, config.r)
         else:
-            names = list(config.target_modules)
+            wanted = config.target_modules
+            names = [name for name in modules if re.fullmatch(wanted, name)] if isinstance(wanted, str) else [*wanted]
             if missing := [name for name in names if name not in modules]:
                 raise UserError(
                     f"the adapter was made for another architecture: this network has no {', '.join(missing[:10])}"
