@@ -217,7 +217,7 @@ def _data_module(run: Run) -> Any:
             f"the accuracy of the compressed network cannot be told, since the data of {run.directory} cannot be "
             f"opened: {one_sentence(root_cause(error))}"
         ) from error
-    if getattr(data, "train_on_val", False):
+    if "val" not in getattr(data, "split_rows", ("val",)):
         raise UserError(_NO_VALIDATION.format(run.directory))
     known = run.data.get("index")
     if known and hasattr(data, "contents"):

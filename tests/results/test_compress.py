@@ -141,6 +141,7 @@ def test_data_that_are_gone_changed_or_without_validation_images_are_told(digits
     (digits / "data.json").write_text(json.dumps(about | {"index": "0" * 32}))
     with pytest.raises(UserError, match=r"the data are not those that .* was trained on"):
         export(digits, "safetensors", compress="energy=0.9")
+    (digits / "data.json").write_text(json.dumps(about))
     config["data"]["init_args"]["train_on_val"] = True
     (digits / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="was trained without a validation split"):
