@@ -13,7 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from lightning_automl.tasks import WarmupCosineLR
 from lightning_automl.tasks.precision import fast_precision
 
 HERE = Path(__file__).parent
-RATES = (3e-4, 2e-3, 1e-2)  # the same for every arm
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Condition:
         seeds: Number of runs an arm; each draws its own train images.
         batch_size: Train images a step.
         epochs: Passes through the train images.
+        rates: Learning rates that every arm tries.
+        chosen_with: Name of the condition whose first seed chooses among them.
     """
 
     file: str
@@ -58,16 +59,19 @@ class Condition:
     seeds: int
     batch_size: int
     epochs: int
+    chosen_with: str
+    rates: tuple[float, ...] = (3e-4, 2e-3, 1e-2)
 
 
+BREAST, PNEUMONIA, CIFAR = "BreastMNIST, 10 a class", "PneumoniaMNIST, 10 a class", "CIFAR-100, 50 a class"
 CONDITIONS = {
-    "BreastMNIST, 10 a class": Condition("breastmnist.npz", 10, 50, 3, 20, 20),
-    "PneumoniaMNIST, 10 a class": Condition("pneumoniamnist.npz", 10, 50, 3, 20, 20),
-    "BreastMNIST, 50 a class": Condition("breastmnist.npz", 50, 50, 3, 20, 6),
-    "PneumoniaMNIST, 50 a class": Condition("pneumoniamnist.npz", 50, 50, 3, 20, 6),
-    "CIFAR-100, 50 a class": Condition("cifar100.npz", 50, 10, 1, 100, 2),
+    BREAST: Condition("breastmnist.npz", 10, 50, 3, 20, 20, BREAST),
+    PNEUMONIA: Condition("pneumoniamnist.npz", 10, 50, 3, 20, 20, PNEUMONIA),
+    "BreastMNIST, 50 a class": Condition("breastmnist.npz", 50, 50, 3, 20, 6, BREAST),
+    "PneumoniaMNIST, 50 a class": Condition("pneumoniamnist.npz", 50, 50, 3, 20, 6, PNEUMONIA),
+    CIFAR: Condition("cifar100.npz", 50, 10, 1, 100, 2, CIFAR, (2e-3, 1e-2)),
 }
-FEW = [name for name, condition in CONDITIONS.items() if condition.file != "cifar100.npz"]
+FEW = [name for name in CONDITIONS if name != CIFAR]
 #: What the others are compared with: batch norms trained, which is the default, or at rest as with adapters.
 REFERENCES = ("full", "full, batch norms at rest")
 
@@ -251,7 +255,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does at a time: an arm with a seed; with the first, all learning rates are tried."""
+    """What one process does at a time: an arm with a seed, with all learning rates if it is to choose one."""
 
     name: str
     arm: str
@@ -265,6 +269,16 @@ class Job:
         slug = "".join(letter if letter.isalnum() else "_" for letter in f"{self.name} {self.arm} {self.seed}")
         return self.work / "jobs" / f"{slug}.json"
 
+    @property
+    def chooser(self) -> "Job":
+        """The job that chooses the learning rate of this one."""
+        return replace(self, name=CONDITIONS[self.name].chosen_with, seed=0)
+
+    @property
+    def turn(self) -> tuple[bool, bool, int]:
+        """Jobs of an earlier turn are done before."""
+        return self.name == CIFAR, self != self.chooser, self.seed
+
 
 def one(job: Job, until: float) -> dict[str, Any] | None:
     """Do a job unless it is done or the time is up; ``None`` for one that was left out."""
@@ -273,9 +287,9 @@ def one(job: Job, until: float) -> dict[str, Any] | None:
         return done
     _prepare()
     condition, started = CONDITIONS[job.name], time.time()
-    rates: tuple[float, ...] = RATES
-    if job.seed > 0:
-        first = read_json(Job(job.name, job.arm, 0, job.data_root, job.work).file)
+    rates = condition.rates
+    if job != job.chooser:
+        first = read_json(job.chooser.file)
         if first is None:
             return None
         rates = (first["rate"],)
@@ -317,7 +331,7 @@ def peak_memory(job: Job) -> dict[str, Any]:
     if done is not None:
         return done
     _prepare()
-    Run(CONDITIONS[job.name], job.arm, RATES[0], job.seed, job.data_root, job.work, steps=5)
+    Run(CONDITIONS[job.name], job.arm, 1e-3, job.seed, job.data_root, job.work, steps=5)
     most = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     outcome = {"network": network_of(job.name), "arm": job.arm, "peak_memory_mb": most}
     write_json(file, outcome)
@@ -505,15 +519,15 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     jobs: list[dict[str, Any]] = []
     with context.Pool(arguments.processes) as pool:
-        for seed in sorted({job.seed for job in every}):  # later seeds want to know the learning rate
-            for outcome in pool.imap(partial(one, until=until), [job for job in every if job.seed == seed]):
+        for turn in sorted({job.turn for job in every}):
+            for outcome in pool.imap(partial(one, until=until), [job for job in every if job.turn == turn]):
                 if outcome is None:
-                    continue
+                    continue  # the time is up
                 jobs.append(outcome)
                 told = {key: outcome[key] for key in ("condition", "arm", "seed", "rate", "seconds")}
                 print(told | {"test": round(statistics.fmean(outcome["right"]), 4)}, flush=True)
     with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
-        measured = [job for job in every if job.seed == 0 and job.name in (FEW[-1], list(CONDITIONS)[-1])]
+        measured = [job for job in every if job.seed == 0 and job.name in (FEW[-1], CIFAR)]
         memory = pool.map(peak_memory, measured, chunksize=1)
     rows, cost = summary(jobs), costs(jobs, memory)
     together = overall(rows)
@@ -521,8 +535,7 @@ def main() -> None:
         "budget": arguments.budget,
         "seconds_of_all_processes": sum(job["seconds"] for job in jobs),
         "jobs_left_out": len(every) - len(jobs),
-        "rates": RATES,
-        "tried": [{key: job[key] for key in ("condition", "arm", "tried")} for job in jobs if job["seed"] == 0],
+        "tried": [{key: job[key] for key in ("condition", "arm", "seed", "tried")} for job in jobs],
     }
     print(results.write(HERE, "small", rows, costs=cost, overall=together, **facts))
     print(markdown(rows, cost, together))
