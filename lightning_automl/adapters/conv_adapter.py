@@ -17,12 +17,13 @@ Departures from the released code, and why:
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -39,11 +40,11 @@ Scheme = Literal["conv_parallel", "conv_sequential", "residual_parallel", "resid
 AdapterActivation = Literal["relu", "gelu", "silu", "none"]
 AdapterNorm = Literal["none", "layer", "group"]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "none": nn.Identity,
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "none": nn.Identity(),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "scheme": get_args(Scheme),
@@ -294,7 +295,7 @@ class ConvAdapterLayer(nn.Module, BaseTunerLayer):
         x = _in_precision_of(self.conv_adapter_up[name], x)
         if config.norm != "none" and config.norm_at == "input":
             x = self.conv_adapter_norm[name](x)
-        hidden = _ACTIVATIONS[config.activation]()(self.conv_adapter_down[name](x))
+        hidden = _ACTIVATIONS[config.activation](self.conv_adapter_down[name](x))
         return cast(Tensor, self.conv_adapter_up[name](hidden))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -506,9 +506,8 @@ def test_a_half_precision_network_has_an_adapter_in_single_precision():
     assert layer(torch.randn(1, 8, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("scheme", ["conv_sequential", "residual_parallel"])
-def test_export_gives_the_same_logits_for_any_batch(scheme):
-    model = shake(adapted(ConvAdapterConfig(scheme=scheme, norm="group", norm_at="block")))
+def test_export_gives_the_same_logits_for_any_batch():
+    model = shake(adapted(ConvAdapterConfig(scheme="residual_parallel", norm="group", norm_at="block")))
     program = torch.export.export(
         model.get_base_model(), (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
