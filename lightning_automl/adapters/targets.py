@@ -456,7 +456,15 @@ def _is_container(parent: str, name: str, found: Anatomy, modules: Mapping[str, 
 
 
 def _image_modules(found: Anatomy) -> list[str]:
-    return [name for name in found.shapes if name and _maps_images(name, found) and name not in found.stems]
+    """What a user may name: modules behind the stem with something learned that map images to images."""
+    return [
+        name
+        for name in found.shapes
+        if name
+        and _maps_images(name, found)
+        and not any(f"{stem}.".startswith(f"{name}.") for stem in found.stems)
+        and any(f"{layer}.".startswith(f"{name}.") for layer in found.layers)
+    ]
 
 
 def _maps_images(name: str, found: Anatomy) -> bool:
