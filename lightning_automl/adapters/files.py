@@ -238,8 +238,7 @@ def _check_peft_was_right(model: PeftModel, name: str, directory: Path) -> None:
         if isinstance(layer, LoraLayer) and name in layer.lora_A and not _peft_is_right(layer):
             raise UserError(
                 f"{directory} holds an adapter that peft made for {plain}, a {type(layer.base_layer).__name__} for "
-                "which peft's own layer is wrong, so its outputs cannot be reproduced; train it again with LoraConfig of "
-                "lightning_automl.adapters"
+                "which peft's own layer is wrong, so its outputs cannot be reproduced; train it again with this package"
             )
 
 

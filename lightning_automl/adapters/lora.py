@@ -531,14 +531,7 @@ class LoraModel(ImageTuner, lora.LoraModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters into the base weights of all layers, or of none; see :meth:`LoraLayer.merge`."""
-        layers: list[LoraLayer] = list(tuner_layers(self.model))
-        if any(layer.merged for layer in layers):
-            raise RuntimeError(_MERGED.format("merge again"))
-        weights = [
-            (layer, names, layer.merged_weight(names)) for layer in layers if (names := layer.applied(adapter_names))
-        ]
-        for layer, names, weight in weights:
-            layer.set_merged(weight, names)
+        merge_layers(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Put all base weights back as they were, bit by bit.
@@ -551,6 +544,18 @@ class LoraModel(ImageTuner, lora.LoraModel):
             raise RuntimeError(_NOT_MERGED)
         for layer in merged:
             LoraLayer.unmerge(layer)
+
+
+def merge_layers(network: nn.Module, adapter_names: list[str] | None = None) -> None:
+    """Put adapters into the weights of all :class:`LoraLayer` of a network, or of none; see :meth:`LoraLayer.merge`."""
+    layers: list[LoraLayer] = list(tuner_layers(network))
+    if any(layer.merged for layer in layers):
+        raise RuntimeError(_MERGED.format("merge again"))
+    weights = [
+        (layer, names, layer.merged_weight(names)) for layer in layers if (names := layer.applied(adapter_names))
+    ]
+    for layer, names, weight in weights:
+        layer.set_merged(weight, names)
 
 
 _MERGED = "cannot {} while an adapter is merged into the weights; unmerge it first"

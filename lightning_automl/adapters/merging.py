@@ -7,12 +7,13 @@ from peft import PeftModel
 from torch import nn
 
 from lightning_automl.adapters.injection import tuner_layers, unwrap
+from lightning_automl.adapters.lora import LoraLayer, merge_layers
 
 
 def is_mergeable(model: nn.Module) -> bool:
     """Whether the active adapter of a model can be put into the weights: LoRA can, a conv adapter cannot."""
     layers = list(tuner_layers(model))
-    return isinstance(model, PeftModel) and bool(layers) and all(hasattr(layer, "get_delta_weight") for layer in layers)
+    return isinstance(model, PeftModel) and bool(layers) and all(isinstance(layer, LoraLayer) for layer in layers)
 
 
 def merge_adapter(model: PeftModel) -> None:
@@ -58,11 +59,8 @@ def merged_network(model: PeftModel) -> nn.Module:
     network = copy.deepcopy(model.get_base_model())
     for layer in tuner_layers(network):
         layer.enable_adapters(True)
-    copied: Any = copy.copy(model.base_model)  # the tuner with the copy of the network
-    copied._modules = dict(copied._modules)
-    copied.model = network
     if not any(layer.merged for layer in tuner_layers(network)):
-        copied.merge_adapter()
+        merge_layers(network)
     return unwrap(network)
 
 
@@ -70,6 +68,6 @@ def _check_mergeable(model: nn.Module) -> None:
     if not is_mergeable(model):
         kinds = sorted({type(layer).__name__ for layer in tuner_layers(model)})
         raise NotImplementedError(
-            f"only adapters that change weights can be merged, such as LoRA; this model has "
+            f"only adapters that change weights can be merged, those of LoraConfig; this model has "
             f"{', '.join(kinds) or 'no adapter'}, so use it as it is"
         )

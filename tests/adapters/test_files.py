@@ -210,6 +210,9 @@ def test_another_base_is_refused_and_stays_as_it_was(kind, tmp_path):
         load_adapter(other, tmp_path)
     assert torch.equal(other(images()), before)
     assert not list(tuner_layers(other))
+    if contents(tmp_path)["peft_type"] == "IMAGE_LORA":
+        with pytest.raises(UserError, match="another base network"):
+            peft.PeftModel.from_pretrained(network(kind, seed=9), tmp_path)
     fresh = network(kind)
     nn.init.normal_(fresh.head.weight)  # the head comes from the file
     load_adapter(fresh, tmp_path)

@@ -294,7 +294,7 @@ def test_disabling_gives_the_base_and_leaves_what_trains_as_it_was():
 
 
 def test_a_merged_and_disabled_adapter_gives_the_base_and_stays_merged():
-    base = network("attention")(images())
+    base = network("attention").requires_grad_(False)(images())
     model = moved(adapted("attention", modules_to_save=[]))
     wanted = model(images())
     merge_adapter(model)
@@ -454,7 +454,7 @@ def test_attention_with_other_sizes_of_keys_is_refused():
             tokens = self.stem(x).flatten(2).transpose(1, 2)
             return self.head(self.layer(tokens, tokens[..., :4], tokens[..., :4])[0].mean(1))
 
-    with pytest.raises(NotImplementedError, match="key and value sizes"):
+    with pytest.raises(NotImplementedError, match=r"another width|key and value sizes"):
         add_adapter(Cross(), LoraConfig(r=1, target_modules=["layer"]))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from layer_kinds import KINDS, images, network, target
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_automl.adapters import (
     ADAPTERS,
@@ -73,6 +74,31 @@ def test_merged_outputs_are_the_unmerged_ones(kind, variant, size):
         unmerge_adapter(model)
         assert torch.equal(model(x), wanted)
         assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(model))
+
+
+@every_kind
+def test_several_active_adapters_are_summed_and_merged_together(kind):
+    model = adapted(kind, modules_to_save=[])
+    model.add_adapter("other", LoraConfig(r=1, lora_alpha=3, target_modules=[target(kind)], modules_to_save=[]))
+    model.base_model.set_adapter(["default", "other"])
+    moved(model)
+    wanted = model(images())
+    layer = next(iter(tuner_layers(model)))
+    total = sum(layer.get_delta_weight(name) for name in ("default", "other"))
+    torch.testing.assert_close(layer.effective_weight(), layer.base_weight + total)
+    merged = merged_network(model)
+    torch.testing.assert_close(merged(images()), wanted, atol=1e-5, rtol=1e-5)
+
+
+@every_kind
+def test_a_merged_network_does_as_many_operations_as_the_base(kind):
+    def operations(net):
+        net.requires_grad_(False)  # torch multiplies a frozen matrix by another kernel
+        with FlopCounterMode(display=False) as counter:
+            net(images())
+        return counter.get_flop_counts()["Global"]
+
+    assert operations(merged_network(adapted(kind))) == operations(network(kind))
 
 
 def plain(name):
