@@ -375,3 +375,17 @@ def test_names_that_peft_would_take_for_more_are_written_as_an_expression(tmp_pa
     assert type(theirs.base_model) is peft.LoraModel
     torch.testing.assert_close(theirs(images()), model(images()))
     assert torch.equal(load_adapter(Alike(), tmp_path)(images()), model(images()))
+
+
+def test_a_network_that_asks_for_the_version_of_what_it_loads_gets_its_adapter(tmp_path):
+    class Versioned(ResNet):  # as torchvision's MNASNet does
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
+            if local_metadata.get("version") is None:
+                raise ValueError("version is missing")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    plain = Versioned(depth=8, num_classes=3).eval()
+    model = moved(add_adapter(copy.deepcopy(plain), LoraConfig(r=2)))
+    pictures = torch.rand(2, 3, 16, 16)
+    loaded = load_adapter(plain, save_adapter(model, tmp_path))
+    assert torch.equal(loaded(pictures), model(pictures))
