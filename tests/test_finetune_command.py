@@ -19,6 +19,7 @@ from lightning_automl.adapters import load_adapter
 from lightning_automl.models import ResNet
 from lightning_automl.results.network import trained_task
 from lightning_automl.results.run import Run
+from lightning_automl.rundir import UserError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}}
@@ -102,6 +103,16 @@ def test_the_adapter_of_a_run_belongs_to_its_first_weights_also_when_it_was_cont
     images = torch.rand(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(task.normalized(images)), task(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_network_of_a_run_can_be_the_first_weights_of_another(command, tmp_path):
+    command("fit", "--config", write_config(tmp_path, "head"), "--dir=run")
+    task = trained_task(Run.read(tmp_path / "run"))
+    network = ResNet(10, 1, depth=8, width=8, weights="run")
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in task.model.state_dict().items())
+    command("fit", "--config", write_config(tmp_path, "lora"), "--dir=adapted")
+    with pytest.raises(UserError, match="holds an adapter and not a network; give the file of lightning-automl export"):
+        ResNet(10, 1, depth=8, width=8, weights="adapted")
 
 
 def test_a_run_without_its_frozen_rest_says_so(command, tmp_path):

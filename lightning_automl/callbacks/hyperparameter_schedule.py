@@ -27,7 +27,8 @@ class HyperparameterSchedule(Callback):
     learning rate that the run's own schedule starts from: what that has made of it so far is kept as a factor, which
     repeats every schedule that is a multiple of its start (``WarmupCosineLR``, ``LambdaLR``, ``StepLR``,
     ``CosineAnnealingLR`` with ``eta_min=0`` and those of them in a ``SequentialLR``). Groups without weight decay
-    (``decay_norms_and_biases: false``) stay so.
+    (``decay_norms_and_biases: false``) stay so, and groups with a learning rate of their own (``FinetuneTask``) keep
+    its ratio to that of the optimizer.
 
     What was set is a part of the checkpoint. A run that is continued with further segments equals, bit for bit, one
     that had them from the start.
@@ -48,6 +49,7 @@ class HyperparameterSchedule(Callback):
             raise UserError(f"the segments begin in epochs {starts}; the first is 0, and each of the next is larger")
         self._done: list[Segment] | None = None
         self._without_decay: set[tuple[int, int]] = set()  # numbers of optimizer and group
+        self._ratios: dict[tuple[int, int], float] = {}  # of a group's learning rate to its optimizer's
 
     def state_dict(self) -> dict[str, Any]:
         """The segments that have begun."""
@@ -69,6 +71,11 @@ class HyperparameterSchedule(Callback):
             for number, optimizer in enumerate(trainer.optimizers)
             for index, group in enumerate(optimizer.param_groups)
             if _is_without_decay(optimizer, group)
+        }
+        self._ratios = {
+            (number, index): _ratio(optimizer, group)
+            for number, optimizer in enumerate(trainer.optimizers)
+            for index, group in enumerate(optimizer.param_groups)
         }
         for segment in self.segments:
             for optimizer in trainer.optimizers:
@@ -106,13 +113,21 @@ class HyperparameterSchedule(Callback):
                 group.setdefault("initial_lr", float(group["lr"]))
                 for name, value in values.items():
                     if name == "lr":
-                        _rescale(group, value)
+                        _rescale(group, value * self._ratios[number, index])
                     elif name != "weight_decay" or (number, index) not in self._without_decay:
                         group[name] = tuple(value) if isinstance(value, list) else value
         if "lr" in values:
             for scheduler in _schedulers(trainer):
                 if hasattr(scheduler, "base_lrs"):
-                    scheduler.base_lrs = [values["lr"]] * len(scheduler.base_lrs)
+                    number = [optimizer is scheduler.optimizer for optimizer in trainer.optimizers].index(True)
+                    scheduler.base_lrs = [
+                        values["lr"] * self._ratios[number, index] for index in range(len(scheduler.base_lrs))
+                    ]
+
+
+def _ratio(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    own, common = group.get("initial_lr", group.get("lr")), optimizer.defaults.get("lr")
+    return 1.0 if own is None or not common else float(own) / float(common)
 
 
 def _rescale(group: dict[str, Any], lr: float) -> None:

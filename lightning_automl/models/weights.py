@@ -223,10 +223,26 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as weights ({type(error).__name__}); it is damaged, or not what its name says"
         ) from error
     state: Any = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    if "finetune" in content:  # a checkpoint of FinetuneTask, which lacks what was frozen
+        state = _whole(file, state)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{file} holds no state dict; save model.state_dict(), or a dictionary with it as 'state_dict'")
     return tensors
+
+
+def _whole(file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a run has trained, together with what it keeps of the frozen rest of its network."""
+    base = file.with_name("base.safetensors")
+    if any(".base_model.model." in name for name in state):
+        raise UserError(
+            f"{file} holds an adapter and not a network; give the file of lightning-automl export --format safetensors"
+        )
+    if not base.exists():  # nothing was frozen
+        return state
+    from safetensors.torch import load_file
+
+    return {**load_file(base), **state}
 
 
 def _present_name(name: str) -> str:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_automl.adapters import ADAPTERS, ConvAdapterConfig, LoraConfig, load_adapter
 from lightning_automl.adapters.low_rank import LowRankConfig
+from lightning_automl.callbacks import HyperparameterSchedule
 from lightning_automl.data import DigitsDataModule
 from lightning_automl.models import ResNet, without_loading
 from lightning_automl.rundir import UserError
@@ -188,6 +189,16 @@ def test_learning_rates_are_those_of_the_parts():
     assert len(set(rates.values())) == 3
 
 
+def test_a_schedule_of_the_rate_keeps_the_ratios_of_the_parts():
+    segments = [{"from_epoch": 0, "values": {"lr": 0.1}}, {"from_epoch": 1, "values": {"lr": 0.3}}]
+    optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
+    task = task_of("last block", optimizer=optimizer, head_lr=0.2)
+    made = fit(task, epochs=2, callbacks=[HyperparameterSchedule(segments)])
+    rates = {name: group["lr"] for group in made.optimizers[0].param_groups for name in names_of(task, group)}
+    assert rates["model.linear.weight"] == pytest.approx(0.6)
+    assert rates["model.layer3.0.conv1.weight"] == pytest.approx(0.3)
+
+
 def names_of(task, group):
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     return [names[id(parameter)] for parameter in group["params"]]
@@ -266,7 +277,7 @@ def test_what_is_trained_is_told_at_the_start(caplog):
         fit(task_of("lora"))
     text = "\n".join(caplog.messages)
     assert "trained: the head: 330 of 19,074 parameters (1.73%); batch norms frozen" in text
-    assert "layer1.0.conv1" in text
+    assert "layer2.0.conv1  conv" in text  # in the first layers rank 8 would not save
 
 
 def test_a_network_for_other_classes_gets_a_head_with_an_adapter():
