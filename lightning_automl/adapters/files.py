@@ -8,6 +8,7 @@ does not know before ``lightning_automl.adapters`` is imported: it fails then, a
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,10 @@ def add_adapter(
             f"the model has adapters of the method {PeftType(network.peft_type).value}, so one of "
             f"{own.peft_type.value} cannot be added; add it to a network of its own"
         )
-    network.add_adapter(name, own)
+    with warnings.catch_warnings():
+        # peft fears for names such as "a", part of "lora_": a rest of when it looked for names inside of keys
+        warnings.filterwarnings("ignore", "Adapter name .* should not be contained in the prefix")
+        network.add_adapter(name, own)
     _activate(network, name, inference=False)
     return network
 

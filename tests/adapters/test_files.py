@@ -148,6 +148,8 @@ def test_files_of_two_tasks_are_independent(name, tmp_path):
     save_adapter(model, tmp_path / "second", "second")
     assert first.shape[1] == 4
     assert second.shape[1] == 6
+    short = load_adapter(load_adapter(base(), tmp_path / "first", "a"), tmp_path / "second", "r")  # parts of the prefix
+    assert torch.equal(short(images(size=16)), second)
     for order in (("first", "second"), ("second", "first")):
         read = base()
         for task in order:
