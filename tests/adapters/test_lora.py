@@ -20,7 +20,8 @@ from lightning_automl.adapters import (
     switch_adapter,
 )
 from lightning_automl.adapters.injection import tuner_layers
-from lightning_automl.adapters.lora import LoraConv2d, LoraLayer
+from lightning_automl.adapters.lora import LoraConv2d, LoraLayer, LoraModel
+from lightning_automl.adapters.registration import register
 from lightning_automl.rundir import UserError
 
 VARIANTS = {
@@ -367,6 +368,11 @@ def test_the_registry_knows_each_method_under_peft():
         assert kind in list(PeftType)
         assert copy.deepcopy(kind) is kind
         assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind].prefix == peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+
+
+def test_a_method_cannot_be_registered_twice():
+    with pytest.raises(KeyError, match="already"):
+        register("image_lora", LoraConfig, LoraModel, "lora_")
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,24 @@ def test_a_layer_merges_alone(kind):
     assert torch.equal(model(images()), wanted)
 
 
+@every_variant
+@every_kind
+def test_a_base_of_half_precision_has_adapters_of_single_precision(kind, variant):
+    config = LoraConfig(r=2, target_modules=[target(kind)], **VARIANTS[variant])
+    model = moved(add_adapter(network(kind).bfloat16(), config))
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}
+    x = images().bfloat16()
+    wanted = model(x)
+    assert wanted.dtype == torch.bfloat16
+    before = base_values(model)
+    merge_adapter(model)
+    assert model(x).dtype == torch.bfloat16
+    torch.testing.assert_close(model(x), wanted, atol=0.1, rtol=0.1)
+    unmerge_adapter(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(model))
+    assert torch.equal(model(x), wanted)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_what_is_not_finite_is_not_merged_into_any_layer(value):
     model = adapted("depthwise", target_modules=["stem", "layer.0", "layer.1"], lora_alpha=100)
