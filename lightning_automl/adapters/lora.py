@@ -186,6 +186,8 @@ class LoraLayer(nn.Module, lora.LoraLayer):
 
     def __getattr__(self, name: str) -> Any:
         # Networks ask their layers for more than the output: kernel_size, in_channels, num_heads, …
+        if (modules := self.__dict__.get("_modules")) is not None and name in modules:  # as fast as can be
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -236,11 +238,13 @@ class LoraLayer(nn.Module, lora.LoraLayer):
 
     def applied(self, names: Iterable[str] | None = None) -> list[str]:
         """Those of the named adapters, by default of the active ones, that this layer has."""
-        return [name for name in (self.active_adapters if names is None else names) if name in self.lora_A]
+        present = self.lora_A
+        return [name for name in (self.active_adapters if names is None else names) if name in present]
 
     def scale(self, name: str) -> Tensor | float:
         """The factor of the adapter's update."""
-        scale: Tensor | float = self.lora_scale[name] if name in self.lora_scale else self.scaling[name]
+        learned = self.lora_scale
+        scale: Tensor | float = learned[name] if name in learned else self.scaling[name]
         return scale
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -293,21 +297,22 @@ class LoraLayer(nn.Module, lora.LoraLayer):
         if self.composes and not any(self.use_dora[name] for name in names):
             result = self.base_layer(x, *args, **kwargs)
             for name in names:
-                first, second = self.lora_A[name], self.lora_B[name]
-                inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(_weight(first).dtype)
-                update = second(first(self.lora_dropout[name](inputs))) * self.scale(name)
-                result = result + update.to(result.dtype)
+                first: Any = self.lora_A[name]
+                inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(first.weight.dtype)
+                if type(dropout := self.lora_dropout[name]) is not nn.Identity:
+                    inputs = dropout(inputs)
+                result = result + (self.lora_B[name](first(inputs)) * self.scale(name)).to(result.dtype)
             return result
         kept, adapted = self.weights(names)
-        dropout = next(
+        drop = next(
             (self.lora_dropout[name] for name in names if isinstance(self.lora_dropout[name], nn.Dropout)), None
         )
-        if dropout is None or not self.training:
+        if drop is None or not self.training:
             return self.call_base({"weight": adapted}, x, *args, **kwargs)
         # What the update adds to the output, for an input of which some values are dropped. A difference of two passes,
         # as a subclass need not be linear in its weight.
         result = self.call_base({"weight": kept}, x, *args, **kwargs)
-        dropped = dropout(x)
+        dropped = drop(x)
         with_update = self.call_base({"weight": adapted}, dropped, *args, **kwargs)
         return result + with_update - self.call_base({"weight": kept}, dropped, *args, **kwargs)
 
