@@ -168,16 +168,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["lora", "conv", "block"])
-def test_two_ranks_end_with_the_weights_of_one_process(tmp_path, way):
+def test_two_ranks_end_with_the_weights_of_one_process(tmp_path, make_npz, way):
     config = write_config(tmp_path, way)
+    # As many images as whole batches, which are then the same joint ones.
+    data = make_npz(tmp_path / "data.npz", classes=10, channels=1, counts=(256, 40, 40))
+    keys = [sys.executable, "-m", "lightning_automl", "fit", "--config", config, "--data=ArraysDataModule"]
+    keys += [f"--data.path={data}"]
+    if way == "block":  # averages over batches are not those over halves of batches
+        keys += ["--model.batch_norm=frozen"]
     for directory, arguments in (
         ("one", ["--data.batch_size=64"]),
         ("two", ["--data.batch_size=32", "--trainer.devices=2"]),
     ):
-        keys = [sys.executable, "-m", "lightning_automl", "fit", "--config", config, f"--dir={directory}", *arguments]
-        if way == "block":  # to take statistics anew, all processes have to see the same batches
-            keys += ["--model.batch_norm=frozen"]
-        ran = subprocess.run(keys, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        command = [*keys, f"--dir={directory}", *arguments]
+        ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
     one, two = (checkpoint(tmp_path / directory)["state_dict"] for directory in ("one", "two"))
     first = torch.load(tmp_path / "first.pth", weights_only=True)
