@@ -52,6 +52,10 @@ class UserError(ValueError):
     """
 
 
+class UnsupportedError(UserError, NotImplementedError):
+    """What was asked for cannot be done with this module, layer or adapter; from Python also a NotImplementedError."""
+
+
 class DisagreementError(RuntimeError):
     """An exported file does not give what the network gives; it was removed."""
 

@@ -349,6 +349,13 @@ BAD = {
         ["--model.class_weights=balanced", "--model.loss=torch.nn.HuberLoss"],
         "class_weights is given, but the loss HuberLoss has no 'weight'; use CrossEntropyLoss",
     ),
+    "adapter on a norm": (
+        [
+            *("--model=FinetuneTask", "--model.model=ResNet", "--model.model.depth=8", "--model.adapter=LoraConfig"),
+            "--model.adapter.target_modules=[bn1]",
+        ],
+        "bn1 is a BatchNorm2d, which this adapter cannot be put on; candidates: ",
+    ),
     "unknown device": (["--trainer.accelerator=quantum"], "You selected an invalid accelerator name"),
     "scheduler without an end": (["--trainer.max_epochs=-1"], "the scheduler needs to know the length of the run"),
 }

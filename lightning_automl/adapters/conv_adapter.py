@@ -32,7 +32,7 @@ from lightning_automl.adapters.anatomy import anatomy
 from lightning_automl.adapters.injection import ImageTuner
 from lightning_automl.adapters.registration import register
 from lightning_automl.adapters.targets import resolve_blocks
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -302,9 +302,9 @@ class ConvAdapterLayer(nn.Module, BaseTunerLayer):
         """Not possible.
 
         Raises:
-            NotImplementedError: Always.
+            UnsupportedError: Always.
         """
-        raise NotImplementedError(
+        raise UnsupportedError(
             "a conv adapter has an activation between its layers, so it cannot be merged into the block; "
             "use or export the network with the adapter in it"
         )

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 Form = Literal["channel", "spatial"]
 
@@ -222,10 +222,10 @@ def factorise_conv(layer: nn.Conv2d, rank: int, form: Form = "channel") -> LowRa
 
     Raises:
         UserError: If the rank or the form cannot be, or the weight is not finite.
-        NotImplementedError: If the convolution has groups.
+        UnsupportedError: If the convolution has groups.
     """
     if layer.groups != 1:
-        raise NotImplementedError(f"a convolution with {layer.groups} groups is not factorised; leave it out")
+        raise UnsupportedError(f"a convolution with {layer.groups} groups is not factorised; leave it out")
     return factorised(layer, rank, spectrum_of(layer, form))  # type: ignore[return-value]
 
 

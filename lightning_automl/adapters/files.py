@@ -73,7 +73,7 @@ def add_adapter(
     Raises:
         UserError: If the configuration does not fit the network, or the name is taken.
         RuntimeError: If another adapter is merged.
-        NotImplementedError: If a layer is of an unsupported type.
+        UnsupportedError: If a layer is of an unsupported type.
     """
     own: Any = _taken_over(config) if type(config) is peft.LoraConfig else copy.deepcopy(config)
     own.inference_mode = False

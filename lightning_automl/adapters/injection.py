@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_automl.adapters.anatomy import anatomy, base_module
 from lightning_automl.adapters.digest import base_digest, inside
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 
 class ImageTuner(BaseTuner):
@@ -142,12 +142,12 @@ def resized(module: nn.Module, num_classes: int) -> nn.Module:
     """A copy of a head whose last linear layer or convolution is new and has ``num_classes`` outputs.
 
     Raises:
-        NotImplementedError: If there is no such layer in it.
+        UnsupportedError: If there is no such layer in it.
     """
     head = copy.deepcopy(module)
     names = [name for name, layer in head.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"no head of {num_classes} classes can be made from a {type(module).__name__}, which has no nn.Linear and "
             "no nn.Conv2d; give the network a head of this size"
         )

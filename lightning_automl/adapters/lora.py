@@ -39,7 +39,7 @@ from lightning_automl.adapters.anatomy import base_module
 from lightning_automl.adapters.injection import ImageTuner, base_modules, tuner_layers
 from lightning_automl.adapters.registration import register
 from lightning_automl.adapters.targets import resolve_targets
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 
 class LoraConfig(peft.LoraConfig):
@@ -590,7 +590,7 @@ def _matrices(module: Any) -> list[Tensor]:
 
 def _check_layer(name: str, module: nn.Module) -> None:
     if not isinstance(module, tuple(_LAYERS)):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{name} is a {type(module).__name__}, which LoRA does not adapt here; known: "
             f"{', '.join(kind.__name__ for kind in _LAYERS)} and their subclasses"
         )
@@ -599,7 +599,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
     else:
         known = "weight" in module._parameters
     if not known:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{name} is a {type(module).__name__} whose weight is not one parameter (separate key and value sizes, or "
             "a parametrisation), which LoRA does not adapt here; leave it out of target_modules"
         )

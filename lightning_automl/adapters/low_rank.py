@@ -28,7 +28,7 @@ from lightning_automl.adapters.folding import (
     replace_module,
     trace,
 )
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 #: Words of ``target_modules`` that choose by themselves.
 CHOICES = ("auto", "conv", "linear", "attention", "all-linear")
@@ -297,7 +297,7 @@ def _targets(network: nn.Module, config: LowRankConfig, image: Tensor) -> list[s
         if isinstance(modules[name], LAYERS):
             names.append(own_names[id(modules[name])])
         elif not by_itself:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{name} is a {type(modules[name]).__name__}; linear layers and convolutions without adapters can be "
                 "factorised; leave it out"
             )

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_automl.adapters.injection import tuner_layers, unwrap
 from lightning_automl.adapters.lora import LoraLayer, merge_layers
+from lightning_automl.rundir import UnsupportedError
 
 
 def is_mergeable(model: nn.Module) -> bool:
@@ -22,7 +23,7 @@ def merge_adapter(model: PeftModel) -> None:
     A copy of the base weights is kept. The head and other modules that are saved with the adapter are not touched.
 
     Raises:
-        NotImplementedError: If the adapter is no change of weights.
+        UnsupportedError: If the adapter is no change of weights.
         RuntimeError: If an adapter is merged already, or the result is not finite; the base is then as before.
     """
     _check_mergeable(model)
@@ -34,7 +35,7 @@ def unmerge_adapter(model: PeftModel) -> None:
     """Put the base weights back as they were, bit by bit, in place.
 
     Raises:
-        NotImplementedError: If the adapter is no change of weights.
+        UnsupportedError: If the adapter is no change of weights.
         RuntimeError: If no adapter is merged.
     """
     _check_mergeable(model)
@@ -52,7 +53,7 @@ def merged_network(model: PeftModel) -> nn.Module:
         A copy with the adapter in its weights, and with the adapter's own head and norms.
 
     Raises:
-        NotImplementedError: If the adapter is no change of weights.
+        UnsupportedError: If the adapter is no change of weights.
         RuntimeError: If the merged weights are not finite.
     """
     _check_mergeable(model)
@@ -67,7 +68,7 @@ def merged_network(model: PeftModel) -> nn.Module:
 def _check_mergeable(model: nn.Module) -> None:
     if not is_mergeable(model):
         kinds = sorted({type(layer).__name__ for layer in tuner_layers(model)})
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"only adapters that change weights can be merged, those of LoraConfig; this model has "
             f"{', '.join(kinds) or 'no adapter'}, so use it as it is"
         )

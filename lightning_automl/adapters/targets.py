@@ -18,7 +18,7 @@ from lightning_automl.adapters.anatomy import (
     plain_modules,
     plain_network,
 )
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 #: Words that choose by themselves.
 CHOICES = ("auto", "conv", "linear", "attention", "all-linear")
@@ -45,7 +45,7 @@ def resolve_targets(network: nn.Module, target_modules: Targets, rank: int, foun
 
     Raises:
         UserError: If there is no such layer; the sentence lists candidates.
-        NotImplementedError: If what is chosen is no weight layer that can have an adapter.
+        UnsupportedError: If what is chosen is no weight layer that can have an adapter.
     """
     found = found or anatomy(network)
     modules = plain_modules(network)
@@ -92,7 +92,7 @@ def resolve_blocks(
 
     Raises:
         UserError: If there is no such module, or the shapes of one chosen by hand cannot be met by a convolution.
-        NotImplementedError: If what is chosen by hand does not map images to images.
+        UnsupportedError: If what is chosen by hand does not map images to images.
     """
     found = found or anatomy(network)
     modules = plain_modules(network)
@@ -119,7 +119,7 @@ def resolve_blocks(
     chosen = {}
     for name in names:
         if not _maps_images(name, found):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{name} ({_class(modules[name])}) does not map images to images, as a convolutional adapter does"
                 f"{_listing('; candidates', known, modules)}"
             )
@@ -356,7 +356,7 @@ def _by_hand(
         if refused or (matching and not fitting):
             name = (refused or matching)[0]
             reason = " with keys or values of another width" if refused else ""
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{name} is a {_class(modules[name])}{reason}, which this adapter cannot be put on"
                 f"{_listing('; candidates', _closest(name, candidates), modules)}"
             )

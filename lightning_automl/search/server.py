@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_automl.mistakes import one_sentence, root_cause
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 from lightning_automl.search.channel import Channel
 
 #: What torchrun and its agent set. None of it may reach a trial from outside.
@@ -309,7 +309,7 @@ def last_words(error: BaseException) -> dict[str, str]:
             reason = one_sentence(cause)
     if isinstance(cause, KeyError) or (" " not in reason and reason != name and not isinstance(cause, UserError)):
         reason = f"{name}: {reason}"  # the text of a KeyError is the key alone
-    return {"reason": reason, "exception": name}
+    return {"reason": reason, "exception": "UserError" if isinstance(cause, UnsupportedError) else name}
 
 
 def die_with_parent(parent: int, number: int) -> None:

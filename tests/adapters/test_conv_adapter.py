@@ -14,7 +14,7 @@ from lightning_automl.adapters import conv_adapter
 from lightning_automl.adapters.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, calibrate
 from lightning_automl.adapters.files import add_adapter, load_adapter, save_adapter, switch_adapter
 from lightning_automl.models import ResNet
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 SCHEMES = conv_adapter._CHOICES["scheme"]
 BLOCK = {
@@ -445,7 +445,7 @@ def test_merging_is_refused_and_touches_nothing():
     model = shake(adapted(ConvAdapterConfig()))
     before = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match="cannot be merged"):
+        with pytest.raises(UnsupportedError, match="cannot be merged"):
             merge()
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -22,7 +22,7 @@ from lightning_automl.adapters import (
 from lightning_automl.adapters.injection import tuner_layers
 from lightning_automl.adapters.lora import LoraConv2d, LoraLayer, LoraModel
 from lightning_automl.adapters.registration import register
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 VARIANTS = {
     "lora": {},
@@ -442,7 +442,7 @@ class Parametrised(nn.Module):
     ("name", "words"), [("up", "ConvTranspose2d"), ("norm", "BatchNorm2d"), ("weighted", "parametri")]
 )
 def test_an_unsupported_layer_is_named(name, words):
-    with pytest.raises(NotImplementedError, match=words):
+    with pytest.raises(UnsupportedError, match=words):
         add_adapter(Parametrised(), LoraConfig(r=1, target_modules=[name]))
 
 
@@ -460,7 +460,7 @@ def test_attention_with_other_sizes_of_keys_is_refused():
             tokens = self.stem(x).flatten(2).transpose(1, 2)
             return self.head(self.layer(tokens, tokens[..., :4], tokens[..., :4])[0].mean(1))
 
-    with pytest.raises(NotImplementedError, match=r"another width|key and value sizes"):
+    with pytest.raises(UnsupportedError, match=r"another width|key and value sizes"):
         add_adapter(Cross(), LoraConfig(r=1, target_modules=["layer"]))
 
 

@@ -17,7 +17,7 @@ from lightning_automl.adapters.factorisation import (
 from lightning_automl.adapters.folding import fold_batchnorm
 from lightning_automl.adapters.low_rank import LowRankConfig, low_rank_network
 from lightning_automl.models import ResNet
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 EXAMPLE = torch.tensor([[1, 3, 0, 2, 3], [0, 1, -2, 1, 2], [2, 5, 1, 3, 4], [1, 2, 1, 1, 1], [3, 7, 2, 4, 5]])
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -178,7 +178,7 @@ def test_ranks_that_cannot_be_are_refused(rank):
 
 
 def test_other_layers_are_refused():
-    with pytest.raises(NotImplementedError, match="2 groups"):
+    with pytest.raises(UnsupportedError, match="2 groups"):
         factorise_conv(nn.Conv2d(6, 8, 3, groups=2), 2)
     with pytest.raises(UserError, match="unknown form 'x'; known: channel, spatial"):
         factorise_conv(nn.Conv2d(6, 8, 3), 2, "x")

@@ -19,6 +19,7 @@ from lightning_automl.adapters import (
 from lightning_automl.adapters.digest import base_tensors
 from lightning_automl.adapters.injection import tuner_layers
 from lightning_automl.models import ResNet
+from lightning_automl.rundir import UnsupportedError
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "learnable": {"scale": "learnable"}, "dora": {"use_dora": True}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -244,12 +245,12 @@ def test_what_cannot_be_merged_says_so(name):
         torch.testing.assert_close(merged_network(model)(images(size=16)), wanted, atol=1e-5, rtol=1e-5)
     else:
         for act in (merge_adapter, unmerge_adapter, merged_network):
-            with pytest.raises(NotImplementedError, match="only adapters that change weights"):
+            with pytest.raises(UnsupportedError, match="only adapters that change weights"):
                 act(model)
 
 
 def test_a_plain_network_cannot_be_merged():
     net = nn.Linear(2, 2)
     assert not is_mergeable(net)
-    with pytest.raises(NotImplementedError, match="no adapter"):
+    with pytest.raises(UnsupportedError, match="no adapter"):
         merge_adapter(net)

@@ -19,7 +19,7 @@ from lightning_automl.adapters.targets import (
     resolve_targets,
 )
 from lightning_automl.models import ResNet
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import UnsupportedError, UserError
 
 NETWORKS = {
     "resnet18": lambda: torchvision.models.resnet18(weights=None),
@@ -147,7 +147,7 @@ def test_a_rank_too_high_for_every_layer_names_the_highest_that_is_not(network):
 @pytest.mark.parametrize("targets", [["bn1"], r"layer1\.0", ["layer1"], ["relu"]])
 def test_modules_that_are_no_weight_layers_are_not_implemented(network, targets):
     plain, found = network("resnet18")
-    with pytest.raises(NotImplementedError, match=r"is a (BatchNorm2d|BasicBlock|Sequential|ReLU), which this adapter"):
+    with pytest.raises(UnsupportedError, match=r"is a (BatchNorm2d|BasicBlock|Sequential|ReLU), which this adapter"):
         resolve_targets(plain, targets, 8, found)
 
 
@@ -167,7 +167,7 @@ def test_an_attention_with_keys_of_another_width_is_left_out_or_refused():
     network = Attending()
     assert anatomy(network).attention == ("attention",)
     assert resolve_targets(network, "auto", 1) == ["keys"]
-    with pytest.raises(NotImplementedError, match="MultiheadAttention with keys or values of another width"):
+    with pytest.raises(UnsupportedError, match="MultiheadAttention with keys or values of another width"):
         resolve_targets(network, ["attention"], 1)
 
 
@@ -228,7 +228,7 @@ def test_blocks_by_hand(network):
     assert resolve_blocks(plain, "residual_parallel", ["layer4.0"], found)["layer4.0"]["stride"] == [2, 2]
     with pytest.raises(UserError, match=r"no module is called 'layer5\.0'; closest: layer\d\.0 \(BasicBlock\)"):
         resolve_blocks(plain, "residual_parallel", ["layer5.0"], found)
-    with pytest.raises(NotImplementedError, match=r"fc \(Linear\) does not map images to images"):
+    with pytest.raises(UnsupportedError, match=r"fc \(Linear\) does not map images to images"):
         resolve_blocks(plain, "conv_parallel", ["fc"], found)
 
 

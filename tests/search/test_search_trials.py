@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_automl.rundir import UnsupportedError
 from lightning_automl.search import trials
+from lightning_automl.search.server import last_words
 from lightning_automl.search.trials import Ending, TrialServer
 
 HERE = str(Path(__file__).parent)
@@ -152,6 +154,11 @@ def test_what_is_raised_is_the_reason(run, name, text, reason):
 def test_the_reason_is_the_root_of_what_is_raised(run):
     ending = run(["fail", "RuntimeError", "something went wrong", 0, "the images are missing"])
     assert ending == Ending("failed", None, "the images are missing", "ValueError")
+
+
+def test_what_a_module_does_not_support_is_told_as_a_mistake_of_the_user():
+    words = last_words(UnsupportedError("a norm has no adapter"))
+    assert words == {"reason": "a norm has no adapter", "exception": "UserError"}
 
 
 def test_a_result_that_is_no_json_is_a_failure(tmp_path):
