@@ -359,7 +359,8 @@ def summary(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if not own:
                 continue
             each = [statistics.fmean(job["right"]) for job in own.values()]
-            images = len(own[0]["right"])
+            any_job = next(iter(own.values()))
+            images = len(any_job["right"])
             row: dict[str, Any] = {
                 "condition": name,
                 "arm": arm,
@@ -368,7 +369,7 @@ def summary(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "accuracy_of_seeds": each,
                 "balanced_accuracy": statistics.fmean(job["test_balanced_accuracy"] for job in own.values()),
                 "auroc": statistics.fmean(job["test_auroc"] for job in own.values()),
-                "rate": own[0]["rate"],
+                "rate": any_job["rate"],
             }
             for reference in REFERENCES:
                 seeds = [seed for seed in own if seed in arms[reference]]
