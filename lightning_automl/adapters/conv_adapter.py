@@ -87,8 +87,6 @@ class ConvAdapterConfig(PeftConfig):
         UserError: If an argument cannot be, or the adapter could never change anything.
     """
 
-    base_digest: str | None = None  # by which adapters/files.py knows a configuration of this package
-
     def __init__(
         self,
         scheme: Scheme = "conv_parallel",
@@ -182,8 +180,8 @@ def _is_count(value: Any) -> bool:
 class ConvAdapterLayer(nn.Module, BaseTunerLayer):
     """A block with the conv adapters that were put beside or behind it, one of them active at a time.
 
-    What else is asked of it, such as ``out_channels`` of a convolution, is answered by the block. If the block changes
-    its input in place, use a sequential scheme.
+    What else is asked of it, such as ``out_channels`` of a convolution, is answered by the block. A block may change
+    its input in place, as a first ``nn.ReLU(inplace=True)`` does: an adapter beside it then gets a copy of the input.
 
     Args:
         base_layer: Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``;
@@ -204,6 +202,8 @@ class ConvAdapterLayer(nn.Module, BaseTunerLayer):
         self.conv_adapter_scale = nn.ParameterDict()
         self.conv_adapter_norm = nn.ModuleDict()
         self.configs: dict[str, ConvAdapterConfig] = {}
+        #: Modes (``training``) in which the block was seen to leave its input as it is.
+        self._leaves_input: set[bool] = set()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -277,8 +277,15 @@ class ConvAdapterLayer(nn.Module, BaseTunerLayer):
         if name is None:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         config = self.configs[name]
-        beside = self._adapter(name, config, x) if config.parallel else None  # before the block may change x in place
+        # The block may change x in place, but the adapter's gradient needs x as it was. The block gets x itself, as the
+        # rest of the network may count on the change; a compiler sees to such changes by itself.
+        watched = config.parallel and torch.is_grad_enabled() and not x.is_inference()
+        copied = watched and not torch.compiler.is_compiling() and self.training not in self._leaves_input
+        version = x._version if copied else 0
+        beside = self._adapter(name, config, x.clone() if copied else x) if config.parallel else None
         block: Tensor = self.base_layer(x, *args, **kwargs)
+        if copied and x._version == version:
+            self._leaves_input.add(self.training)
         kind = block.dtype
         if config.norm != "none" and config.norm_at == "block":
             block = self.conv_adapter_norm[name](_in_precision_of(self.conv_adapter_up[name], block))

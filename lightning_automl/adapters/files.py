@@ -18,7 +18,7 @@ import peft
 import safetensors
 import torch
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_automl import rundir
 from lightning_automl.adapters.anatomy import anatomy
 from lightning_automl.adapters.digest import base_digest
-from lightning_automl.adapters.injection import base_modules, tuner_layers, unwrap
+from lightning_automl.adapters.injection import ImageTuner, base_modules, tuner_layers, unwrap
 from lightning_automl.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from lightning_automl.rundir import UserError
 
@@ -134,7 +134,11 @@ def _active_module(wrapper: Any) -> nn.Module:
 
 
 def save_adapter(
-    model: PeftModel, directory: str | Path, name: str = "default", state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel,
+    directory: str | Path,
+    name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+    digest: str | None = None,
 ) -> Path:
     """Write one adapter, its head and other modules that are saved with it.
 
@@ -143,6 +147,7 @@ def save_adapter(
         directory: Made when missing; each file is written atomically, the weights first.
         name: Of the adapter. The file does not know it.
         state_dict: Tensors to write instead of the model's, under the names of ``model.state_dict()``.
+        digest: That of the base, if its values have since been rounded; else it is taken from the model.
 
     Returns:
         The directory.
@@ -165,7 +170,7 @@ def save_adapter(
             raise UserError(f"the tensors given for adapter {name!r} lack {error.args[0]}") from error
         if missing := sorted(own.keys() - tensors.keys()):
             raise UserError(f"the tensors given for adapter {name!r} lack {', '.join(missing[:10])}")
-    digest = base_digest(model, config.modules_to_save or ())
+    digest = digest or base_digest(model, config.modules_to_save or ())
     contents = _plain_contents(model, name) or {**config.to_dict(), "base_digest": digest}
     with rundir.replacing(directory / WEIGHTS) as partial:
         save_file(
@@ -271,7 +276,8 @@ def _config(contents: dict[str, Any], directory: Path) -> Any:
     if kind == "LORA":
         return _taken_over(peft.LoraConfig.from_peft_type(**contents), loaded=True)  # type: ignore[no-untyped-call]
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    if config_class is None or (not hasattr(config_class, "base_digest") and kind != "IMAGE_LORA"):
+    tuner_class = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    if config_class is None or tuner_class is None or not issubclass(tuner_class, ImageTuner):
         raise UserError(f"{directory} holds an adapter of the method {kind!r}, which this package does not read")
     try:
         return config_class(**contents)

@@ -521,3 +521,47 @@ def test_all_sizes_of_image_are_taken():
     for before, size in pairwise((8, 9, 17, 32)):
         x = torch.randn(1, 3, before, size)
         assert torch.equal(model(x), plain(x))
+
+
+# blocks that change their input in place
+
+
+class PreActivation(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.first, self.second = nn.ReLU(inplace), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_block_may_change_its_input_in_place(scheme):
+    """Outputs and gradients are those of an adapter beside the same block that does not; ``x`` is changed as before."""
+    results = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        layer = shake(layer_of(PreActivation(inplace), scheme=scheme))
+        layer.set_adapter("default")
+        for train in (True, True, False, True):
+            layer.train(train).zero_grad()
+            leaf = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            x = leaf * 2
+            outputs = layer(x)
+            ((outputs + (x if inplace else F.relu(x))) ** 2).sum().backward()
+            results.append([outputs, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    for changed, left in zip(results[:4], results[4:], strict=True):
+        torch.testing.assert_close(changed, left)
+
+
+def test_the_input_is_copied_only_beside_a_block_that_changes_it():
+    seen = []
+    for inplace in (True, False):
+        layer = layer_of(PreActivation(inplace))
+        layer.set_adapter("default")
+        layer.conv_adapter_down["default"].register_forward_pre_hook(lambda _, given: seen.append(given[0].data_ptr()))
+        for _ in range(3):
+            x = torch.randn(2, 8, 5, 5)
+            layer(x)
+            seen[-1] = seen[-1] != x.data_ptr()
+    assert seen == [True, True, True, True, False, False]

@@ -317,6 +317,11 @@ def damage_not_a_config(directory):
     return "names no peft_type"
 
 
+def damage_method_without_layers(directory):
+    (directory / CONFIG).write_text('{"peft_type": "PROMPT_TUNING"}')
+    return "method 'PROMPT_TUNING', which this package does not read"
+
+
 def damage_other_method(directory):
     (directory / CONFIG).write_text('{"peft_type": "IA3"}')
     return "method 'IA3', which this package does not read"
