@@ -17,7 +17,7 @@ update of the output projection twice; the layers here replace them and keep the
   for whatever the layer does with its weight.
 
 Some networks use the weight of a layer without calling it (torchvision's Swin, ``nn.MultiheadAttention``);
-``layer.weight`` is therefore the weight with the adapter in it. There, dropout does not act.
+``layer.weight`` is therefore the weight with the adapter in it. There, dropout does not act, which a warning says.
 """
 
 import math
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_automl.adapters.anatomy import base_module
+from lightning_automl.adapters.anatomy import Anatomy, anatomy, base_module
 from lightning_automl.adapters.injection import ImageTuner, base_modules, tuner_layers
 from lightning_automl.adapters.registration import register
 from lightning_automl.adapters.targets import resolve_targets
@@ -48,9 +48,11 @@ class LoraConfig(peft.LoraConfig):
     Args:
         r: Rank, at least 1 and at most the smaller side of each adapted weight as a matrix.
         lora_alpha: Scale of the update, above 0; it is multiplied by ``lora_alpha / r``.
-        lora_dropout: Probability, in [0, 1), with which inputs of ``A`` are dropped in training.
+        lora_dropout: Probability, in [0, 1), with which inputs of ``A`` are dropped in training. Without effect, which
+            a warning says, in ``nn.MultiheadAttention`` and in layers whose weight is used without calling them.
         use_rslora: Multiply by ``lora_alpha / sqrt(r)`` instead.
-        use_dora: Learn the magnitude of each output apart from the direction.
+        use_dora: Learn the magnitude of each output apart from the direction. Each forward pass computes the norms of
+            the weights anew, also in evaluation; merge the adapter before use.
         scale: Whether the factor is fixed, or learned for each layer from that value on; merged with the rest.
         target_modules: ``"auto"``, all layers but the first and the head for which the adapter is smaller than the
             layer; of these ``"conv"``, ``"linear"`` or ``"attention"``; or a regular expression for full names, or a
@@ -309,10 +311,14 @@ class LoraLayer(nn.Module, lora.LoraLayer):
         )
         if drop is None or not self.training:
             return self.call_base({"weight": adapted}, x, *args, **kwargs)
-        # What the update adds to the output, for an input of which some values are dropped. A difference of two passes,
-        # as a subclass need not be linear in its weight.
+        # What the update adds to the output, for an input of which some values are dropped.
         result = self.call_base({"weight": kept}, x, *args, **kwargs)
         dropped = drop(x)
+        if type(self.base_layer) in _LINEAR:
+            bias = self.base_layer._parameters["bias"]
+            update = {"weight": adapted - kept} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
+            return result + self.call_base(update, dropped, *args, **kwargs)
+        # A difference of two passes, as a subclass need not be linear in its weight.
         with_update = self.call_base({"weight": adapted}, dropped, *args, **kwargs)
         return result + with_update - self.call_base({"weight": kept}, dropped, *args, **kwargs)
 
@@ -392,7 +398,7 @@ class LoraLinear(LoraLayer):
     @property
     def composes(self) -> bool:
         """Whether ``B(A(x))`` is what the update adds to the output."""
-        return type(self.base_layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+        return type(self.base_layer) in _LINEAR
 
 
 class LoraConv2d(LoraLayer):
@@ -494,7 +500,15 @@ class LoraModel(ImageTuner, lora.LoraModel):
         """Full names of the layers to adapt; see the arguments of :class:`LoraConfig`."""
         modules = {name: base_module(module) for name, _, module in base_modules(network)}
         if config.base_digest is None:
-            names = resolve_targets(network, config.target_modules, config.r)
+            found = anatomy(network)
+            names = resolve_targets(network, config.target_modules, config.r, found)
+            if config.lora_dropout and (silent := [name for name in names if _uses_weight_alone(name, found)]):
+                warnings.warn(
+                    f"lora_dropout has no effect in {', '.join(silent[:5])}"
+                    + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+                    + ", as the network uses the weight there without calling a layer",
+                    stacklevel=2,
+                )
         else:
             wanted = config.target_modules
             names = [name for name in modules if re.fullmatch(wanted, name)] if isinstance(wanted, str) else [*wanted]
@@ -564,6 +578,8 @@ def merge_layers(network: nn.Module, adapter_names: list[str] | None = None) -> 
 
 
 _MERGED = "cannot {} while an adapter is merged into the weights; unmerge it first"
+#: Classes whose output is linear in the weight; subclasses may be anything.
+_LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d)
 _NOT_MERGED = "cannot unmerge: no adapter is merged into the weights"
 _LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Conv2d: LoraConv2d,
@@ -586,6 +602,10 @@ def _matrices(module: Any) -> list[Tensor]:
     if isinstance(module, nn.MultiheadAttention):
         return [module.in_proj_weight, module.out_proj.weight]
     return [module.weight]
+
+
+def _uses_weight_alone(name: str, found: Anatomy) -> bool:
+    return found.kinds.get(name) == "attention" or (name in found.kinds and name not in found.shapes)
 
 
 def _check_layer(name: str, module: nn.Module) -> None:

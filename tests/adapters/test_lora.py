@@ -15,6 +15,7 @@ from lightning_automl.adapters import (
     LoraConfig,
     add_adapter,
     load_adapter,
+    lora,
     merge_adapter,
     save_adapter,
     switch_adapter,
@@ -30,6 +31,8 @@ VARIANTS = {
     "learnable": {"scale": "learnable"},
     "dora": {"use_dora": True},
 }
+#: Kinds whose weight is used without calling the layer.
+WITHOUT_DROPOUT = ("functional", "attention")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -223,6 +226,47 @@ def test_both_forms_of_the_forward_agree_with_dropout(variant, monkeypatch):
     torch.testing.assert_close(outputs(), first, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - set(WITHOUT_DROPOUT)))
+def test_dropout_takes_a_pass_less_where_the_output_is_linear_in_the_weight(kind, variant, monkeypatch):
+    model = moved(adapted(kind, r=3, **VARIANTS[variant])).train()
+    model.base_model.model.norm.eval()
+    layer = lora_layer(model)
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    in_weight_form = variant == "dora" or not layer.composes
+    call, passes = LoraLayer.call_base, []
+    monkeypatch.setattr(LoraLayer, "call_base", lambda *args, **kwargs: passes.append(0) or call(*args, **kwargs))
+
+    def outputs():
+        passes.clear()
+        torch.manual_seed(3)
+        return model(images())
+
+    first = outputs()
+    assert len(passes) == (2 if type(layer.base_layer) in (nn.Conv2d, nn.Linear) else 3) * in_weight_form
+    monkeypatch.setattr(lora, "_LINEAR", ())
+    monkeypatch.setattr(LoraConv2d, "composes", False)
+    torch.testing.assert_close(outputs(), first, atol=1e-5, rtol=1e-4)
+    assert len(passes) == 3
+
+
+@every_kind
+def test_dropout_that_cannot_act_is_told(kind):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = moved(adapted(kind, lora_dropout=0.5)).train()
+    model.base_model.model.norm.eval()
+    acts = not torch.equal(model(images()), model(images()))
+    assert acts == (kind not in WITHOUT_DROPOUT)
+    sentences = [str(one.message) for one in told]
+    assert bool(sentences) != acts
+    assert acts or sentences[0].startswith(f"lora_dropout has no effect in {target(kind)}, as")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(kind)  # without dropout there is nothing to tell
+
+
+@pytest.mark.filterwarnings("ignore:lora_dropout has no effect:UserWarning")
 @every_kind
 def test_dropout_does_nothing_in_evaluation(kind):
     model = moved(adapted(kind, lora_dropout=0.5))
