@@ -30,8 +30,8 @@ from lightning_automl.adapters.folding import (
 )
 from lightning_automl.rundir import UnsupportedError, UserError
 
-#: Words of ``target_modules`` that choose by themselves.
-CHOICES = ("auto", "conv", "linear", "attention", "all-linear")
+#: Why a layer is left alone that came out of a factorisation.
+_FACTOR = "it is a factor already"
 
 #: Share of the squared singular values that is kept when nothing else is said.
 ENERGY = 0.95
@@ -285,7 +285,7 @@ def _targets(network: nn.Module, config: LowRankConfig, image: Tensor) -> list[s
     """Names of the layers that are looked at, in the order of execution."""
     # Only here, since they import peft, which takes a second and reading a plan back does without.
     from lightning_automl.adapters.anatomy import anatomy, plain_modules
-    from lightning_automl.adapters.targets import resolve_targets
+    from lightning_automl.adapters.targets import CHOICES, resolve_targets
 
     found = anatomy(network, image[:1])
     wanted = config.target_modules
@@ -345,7 +345,7 @@ def _candidate(network: nn.Module, name: str, form: Form, calls: list[Call] | No
 def _refusal(network: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> str:
     parent = network.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, LowRankLinear | LowRankConv2d):
-        return "it is a factor already"
+        return _FACTOR
     if isinstance(parent, nn.MultiheadAttention):
         return "its weight is used without calling it"
     if "weight" not in layer._parameters:
@@ -458,7 +458,10 @@ def _nothing(candidates: list[_Candidate], rows: list[LowRankLayer], config: Low
     if not able:
         first = {row.reason: row.name for row in reversed(rows)}  # the first layer of each reason
         reasons = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[::-1])
-        return f"no layer can be made smaller ({reasons or 'none without an adapter was found'}); give other layers"
+        if set(first) == {_FACTOR}:
+            return "the network is made of factors already; compress the network that it was made from"
+        advice = "leave it as it is" if config.target_modules == "auto" else "give other target_modules"
+        return f"no layer can be made smaller ({reasons or 'none without an adapter was found'}); {advice}"
     if config.rank is not None:
         most = max(each.largest for each in able)
         return f"rank {config.rank} makes no layer smaller; give {most} or less"
