@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 #: What wrappers put before the names of a network's tensors: DataParallel, LightningModules, torch.compile, Backbone.
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "network.")
 
+#: Parts of the names of tensors in a network with adapters, and in the file of an adapter.
+_ADAPTED = re.compile(
+    r"\b(base_layer(?=\.(?:weight|bias|in_proj_\w+)$)|original_module\.|modules_to_save\.|base_model\.model\."
+    r"|lora_[AB]\.|lora_scale\.|lora_magnitude_vector\.|conv_adapter_(?:down|up|scale|norm)\.)"
+)
+
 _loading: ContextVar[bool] = ContextVar("loading", default=True)
 
 
@@ -87,6 +93,12 @@ def load_weights(model: nn.Module, path: str) -> LoadReport:
     names = {_present_name(name): name for name in content}
     given = {present: content[name] for present, name in names.items()}
     own = model.state_dict()
+    adapted, known = _adapted(content), _adapted(own)
+    if foreign := [name for part, name in adapted.items() if part not in known]:
+        raise UserError(
+            f"{path} is of a network with adapters (it has {_some(foreign)}); give the weights of the network without "
+            "them, or load the adapter with lightning_automl.adapters.load_adapter"
+        )
     wrapper = _own_wrapper(own)
     prefix = _common_prefix({name.removeprefix(wrapper) for name in own}, given)
     head = _head(model)
@@ -248,6 +260,12 @@ def _whole(file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _present_name(name: str) -> str:
     """The name that torchvision's DenseNets have now; their published files are older than it."""
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
+
+
+def _adapted(names: Iterable[str]) -> dict[str, str]:
+    """The parts of names by which tensors of adapters, and of what they are put on, are known; with an example each."""
+    found = ((_ADAPTED.search(name), name) for name in names)
+    return {part[1]: name for part, name in found if part}
 
 
 def _own_wrapper(own: Iterable[str]) -> str:

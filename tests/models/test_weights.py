@@ -1,15 +1,18 @@
 import http.server
 import logging
 import threading
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lightning_automl.adapters import ADAPTERS, add_adapter, save_adapter
 from lightning_automl.models import LoadReport, ResNet, TunableCNN, load_weights, without_loading
 from lightning_automl.models.weights import adapt_channels
+from lightning_automl.rundir import UserError
 
 
 def network(classes=3, depth=8):
@@ -174,6 +177,30 @@ def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(other, t
     with pytest.raises(ValueError, match=r"a checkpoint of another network \(.*(weight|bias)"):
         load_weights(loaded, str(save(other.state_dict(), tmp_path / "a.pt")))
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("part", ["network", "adapter", "base layers"])
+def test_a_file_of_a_network_with_adapters_is_refused_and_changes_nothing(method, part, tmp_path):
+    model = add_adapter(ResNet(4, depth=8, width=8), ADAPTERS[method]())
+    state = model.base_model.model.state_dict()
+    if part == "adapter":
+        state = load_file(save_adapter(model, tmp_path) / "adapter_model.safetensors")
+    if part == "base layers":
+        state = {name: tensor for name, tensor in state.items() if "lora" not in name and "conv_adapter" not in name}
+    torch.save(state, tmp_path / "w.pth")
+    network = ResNet(4, depth=8, width=8)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"w\.pth is of a network with adapters \(it has .*\); give the weights of"):
+        load_weights(network, str(tmp_path / "w.pth"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_network_that_calls_its_parts_as_peft_does_is_read(tmp_path):
+    network = nn.Sequential(OrderedDict(base_layer=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "w.pth")
+    other = nn.Sequential(OrderedDict(base_layer=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    assert len(load_weights(other, str(tmp_path / "w.pth")).matched) == 4
 
 
 def test_missing_files_are_told(tmp_path):
