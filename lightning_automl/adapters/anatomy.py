@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from lightning_automl.rundir import UserError
 
@@ -28,6 +29,9 @@ Kind = Literal["conv", "linear", "attention"]
 
 #: Tried when nothing is known of the images: pixels of a square one.
 _SIZES = (224, 128, 64, 32, 16, 8, 256, 384, 299, 448, 512)
+
+#: Numbers that operations may give in all (1 GiB of float32), as long as other sizes of images are left to try.
+_MOST = 2**28
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def anatomy(network: nn.Module, image: Tensor | None = None) -> Anatomy:
         network: Maps images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
         image: A batch of images, or one image, that the network takes. If ``None``, an empty image of the size that the
             network says it was built for (``image_size``, ``resize``, ``img_size``, timm's ``default_cfg``) or of usual
-            sizes.
+            sizes. Sizes for which the network would need gigabytes, as an attention over all pixels does, come last.
 
     Returns:
         The parts.
@@ -111,15 +115,22 @@ def _anatomy(network: nn.Module, image: Tensor | None) -> Anatomy:
         )
     watch = _Watch(modules)
     refusals: list[str] = []
-    for shape in [tuple(image.shape)] if image is not None else _shapes(network):
-        images = _empty(network, shape) if image is None else image
-        images = images.unsqueeze(0) if images.ndim == 3 else images
-        try:
-            logits = watch.send(watched, images)
-        except Exception as error:  # each library and layer refuses in its own way, by assertions among others
-            refusals.append(f"of {list(shape)}: {_short(error)}")
-        else:
-            return watch.anatomy(logits, images)
+    shapes = [tuple(image.shape)] if image is not None else _shapes(network)
+    most: float = math.inf if image is not None else _MOST
+    while shapes:
+        large = []
+        for shape in shapes:
+            images = _empty(network, shape) if image is None else image
+            images = images.unsqueeze(0) if images.ndim == 3 else images
+            try:
+                logits = watch.send(watched, images, most)
+            except _TooLarge:
+                large.append(shape)
+            except Exception as error:  # each library and layer refuses in its own way, by assertions among others
+                refusals.append(f"of {list(shape)}: {_short(error)}")
+            else:
+                return watch.anatomy(logits, images)
+        shapes, most = large, math.inf
     raise UserError(
         f"{type(network).__name__} refuses "
         + (f"the given image ({refusals[0]})" if image is not None else f"empty images of usual shapes ({refusals[0]})")
@@ -245,6 +256,10 @@ class _Call:
     above: tuple[str, ...]
 
 
+class _TooLarge(Exception):
+    """The operations on an image give more numbers than wanted."""
+
+
 class _Watch(TorchFunctionMode):
     """Sees what happens to an image on its way through a network.
 
@@ -284,9 +299,14 @@ class _Watch(TorchFunctionMode):
         self.attending: set[str] = set()
         self.stack: list[tuple[str, int | None]] = []  # of modules, and what they were given
 
-    def send(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Send images through the network and return the logits."""
+    def send(self, network: nn.Module, images: Tensor, most: float = math.inf) -> Tensor:
+        """Send images through the network and return the logits.
+
+        Raises:
+            _TooLarge: If the operations give more than ``most`` numbers in all; the last one is then not done.
+        """
         self.clear()
+        self.left = most
         images = images.detach().view_as(images)
         self.raw.add(id(images))
         self.reached.add(id(images))
@@ -304,8 +324,13 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See one operation."""
         kwargs = kwargs or {}
+        if _products(func, args, kwargs) > self.left:
+            raise _TooLarge
         result = func(*args, **kwargs)
         results = _tensors(result)
+        self.left -= sum(tensor.numel() for tensor in results)
+        if self.left < 0:
+            raise _TooLarge
         if not results:
             return result
         given = _tensors(args) + _tensors(kwargs)
@@ -469,6 +494,20 @@ class _Watch(TorchFunctionMode):
             if not all(blocks & set(call.above) for call in calls[name]):
                 blocks.add(name)
         return tuple(sorted(blocks, key=self.entered.__getitem__))
+
+
+def _products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many numbers a product of tensors gives, or an attention has for its pairs of tokens; 0 for the rest."""
+    name = getattr(func, "__name__", "")
+    given = _tensors(args) + _tensors(kwargs)
+    if name in ("matmul", "__matmul__", "bmm", "baddbmm", "einsum"):
+        shapes_alone = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return sum(tensor.numel() for tensor in _tensors(func(*shapes_alone[0], **shapes_alone[1])))
+    if name == "scaled_dot_product_attention":  # (…, tokens, channels)
+        return given[0].shape[:-1].numel() * given[1].shape[-2]
+    if name == "multi_head_attention_forward":  # (tokens, batch, channels)
+        return given[0].shape[:-1].numel() * given[1].shape[0] * int(kwargs.get("num_heads", args[4]))
+    return 0
 
 
 def _attends(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> bool:

@@ -345,6 +345,51 @@ def test_the_size_of_images_is_what_the_network_says_or_a_usual_one(network, sha
     assert anatomy(network).image_shape == shape
 
 
+ATTENTIONS = {
+    "matmul": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "bmm": lambda q, k, v: torch.bmm(torch.bmm(q, k.mT).softmax(-1), v),
+    "einsum": lambda q, k, v: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q, k).softmax(-1), v),
+    "sdpa": nn.functional.scaled_dot_product_attention,
+    "module": None,
+}
+
+
+class EveryPixel(nn.Module):
+    """An attention over all pixels."""
+
+    def __init__(self, attend, sizes=None):
+        super().__init__()
+        self.attend, self.sizes = attend, sizes
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if attend is None else None
+
+    def forward(self, images):
+        if self.sizes and images.shape[-1] not in self.sizes:
+            raise RuntimeError("another size, please")
+        tokens = self.stem(images).flatten(2).mT
+        given = [layer(tokens) for layer in self.layers]
+        tokens = self.attention(*given, need_weights=False)[0] if self.attend is None else self.attend(*given)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_an_attention_over_every_pixel_is_watched_on_a_smaller_image(name):
+    """At 224 pixels its 50,176 tokens have 2.5 billion pairs: 10 GB."""
+    network = EveryPixel(ATTENTIONS[name])
+    found = anatomy(network)
+    assert found.image_shape == (3, 64, 64)
+    assert set(found.layers) == weight_layers(network)
+
+
+def test_a_size_that_needs_much_memory_is_taken_when_no_other_is_left(monkeypatch):
+    monkeypatch.setattr(inspect.getmodule(anatomy), "_MOST", 2**18)
+    for sizes, size in [((32, 16), 16), ((32,), 32)]:
+        network = EveryPixel(ATTENTIONS["matmul"], sizes)
+        assert anatomy(network).image_shape == (3, size, size)
+    assert anatomy(EveryPixel(ATTENTIONS["matmul"]), torch.rand(3, 24, 24)).image_shape == (3, 24, 24)
+
+
 def test_what_was_found_is_remembered_until_the_network_is_built_anew():
     network = build("torchvision/squeezenet1_1")
     found = anatomy(network)
