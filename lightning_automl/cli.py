@@ -415,7 +415,7 @@ class AutoMLCLI(LightningCLI):
         if rank() != 0:
             return
         directory = self.writer.directory
-        names = ("*.png", "predictions_*.safetensors", "data.json", "metrics.csv", "adapter")
+        names = ("*.png", "predictions_*.safetensors", "data.json", "metrics.csv", "adapter", "adapter_statistics.json")
         left = {path.stem: path.name for name in names for path in sorted(directory.glob(name))}
         if self.writer.best_checkpoint.exists():
             left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))
@@ -435,11 +435,16 @@ class AutoMLCLI(LightningCLI):
         """Name and cost of the network, also told to the user."""
         network = getattr(self.model, "model", self.model)
         base = network.get_base_model() if hasattr(network, "get_base_model") else network  # without peft's wrapper
-        cost: dict[str, Any] = {"class": type(base).__name__, "parameters": parameter_count(network)}
+        size = parameter_count(network)
+        if base is not network:  # adapters and the originals of what they replace are no parts of it
+            from lightning_automl.adapters import adapter_parameters
+
+            size = adapter_parameters(network)["base"]
+        cost: dict[str, Any] = {"class": type(base).__name__, "parameters": size}
         told = f"{cost['class']}: {cost['parameters']:,} parameters"
         trained = parameter_count(network, trainable_only=True)
-        if trained < cost["parameters"]:
-            cost |= {"trained_parameters": trained, "trained_share": trained / cost["parameters"]}
+        if base is not network or trained < size:
+            cost |= {"trained_parameters": trained, "trained_share": trained / size}
             told += f", of which {trained:,} are trained ({cost['trained_share']:.2%})"
         data: Any = self.datamodule
         if network is not self.model and hasattr(data, "channels") and hasattr(data, "image_size"):

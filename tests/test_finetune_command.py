@@ -72,9 +72,13 @@ def test_a_directory_is_enough_when_the_first_weights_are_gone(command, tmp_path
         answer = command(each, "--dir=run")
         assert answer.status == 0, answer.err
     assert metrics(run) == pytest.approx(tested, rel=1e-5)
-    for arguments in (["export", "run", "--format=safetensors"], ["report", "run"]):
-        answer = command(*arguments)
-        assert answer.status == 0, answer.err
+    answer = command("export", "run", "--format=safetensors")
+    if way == "conv":
+        assert answer.status == 2
+        assert "the adapter of run stays beside the layers" in answer.err
+        answer = command("export", "run", "--format=torch")
+    assert answer.status == 0, answer.err
+    assert command("report", "run").status == 0
     grown = command("fit", "--dir=run", "--trainer.max_epochs=3")
     assert grown.status == 0, grown.err
     assert "going on from" in grown.err
@@ -103,6 +107,21 @@ def test_the_adapter_of_a_run_belongs_to_its_first_weights_also_when_it_was_cont
     images = torch.rand(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(task.normalized(images)), task(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_adapter_of_a_run_in_half_precision_belongs_to_its_first_weights(command, tmp_path):
+    answer = command("fit", "--config", write_config(tmp_path, "norms"), "--dir=run", "--trainer.precision=bf16-true")
+    assert answer.status == 0, answer.err
+    load_adapter(ResNet(10, 1, depth=8, width=8, weights="first.pth"), tmp_path / "run/adapter")
+    assert command("test", "--dir=run").status == 0
+
+
+def test_what_an_adapter_cannot_be_put_on_is_told_in_one_sentence(command, tmp_path):
+    config = write_config(tmp_path, "lora")
+    answer = command("fit", "--config", config, "--dir=run", "--model.adapter.target_modules=[bn1]")
+    assert answer.status == 2
+    assert answer.err.count("\n") == 1
+    assert "bn1" in answer.err
 
 
 def test_the_network_of_a_run_can_be_the_first_weights_of_another(command, tmp_path):

@@ -1,6 +1,6 @@
 """A name for the values of a base network, by which an adapter recognises the network that it was trained on."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -64,11 +64,21 @@ def base_digest(network: nn.Module, without: Collection[str] = ()) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    digest = blake2b(digest_size=16)
     left_out = tuple(f"{name}." for name in without)
-    for name, tensor in sorted(base_tensors(network), key=lambda item: item[0]):
-        if name.startswith(left_out) or name.endswith("num_batches_tracked"):
-            continue
+    return digest_of(
+        (name, tensor)
+        for name, tensor in base_tensors(network)
+        if not name.startswith(left_out) and not name.endswith("num_batches_tracked")
+    )
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes and values of tensors, in 32 hexadecimal digits.
+
+    The order, the device, the memory layout and a conversion to a wider type that keeps the values change nothing.
+    """
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         values = tensor.detach().cpu().contiguous()
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()

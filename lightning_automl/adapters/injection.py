@@ -206,7 +206,8 @@ def _saved_names(network: nn.Module, config: Any, targets: list[str], exact: boo
             tuple(f"{attention}." for attention in attentions)
         ):
             raise UserError(
-                f"{name!r} is in modules_to_save and adapted too; leave it out of modules_to_save or of target_modules"
+                f"{name!r} is trained in full, as the head and modules_to_save are, and adapted too; leave it out of "
+                "target_modules or of modules_to_save"
             )
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 

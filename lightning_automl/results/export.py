@@ -81,6 +81,11 @@ def export(
     with torch.no_grad():
         if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
             raise UserError(DIVERGED.format(directory))
+    if format == "safetensors" and not getattr(task, "mergeable", True):
+        raise UserError(
+            f"the adapter of {directory} stays beside the layers, and no plain network could read its tensors; take "
+            f"onnx or torch, or {run.directory / 'adapter'}, which load_adapter and peft read"
+        )
     record: dict[str, Any] = {}
     if wanted is not None:
         task, record = compressed_task(run, task, wanted)

@@ -1,14 +1,11 @@
 """Fine-tune a pretrained network: all of it, its last blocks, its head alone, or an adapter beside it."""
 
 import copy
-import json
 import logging
-import warnings
-import weakref
 from collections.abc import Iterator
-from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_automl.models.cost import parameter_count
 from lightning_automl.models.weights import is_loading
-from lightning_automl.rundir import UserError, replacing
+from lightning_automl.rundir import UserError
 from lightning_automl.tasks.classification import ClassificationTask
+from lightning_automl.tasks.partly_frozen import PartlyFrozenTask
 
 if TYPE_CHECKING:  # peft takes most of a second to import, and most runs do without; jsonargparse reads this block
     from peft import PeftConfig
@@ -31,9 +29,11 @@ log = logging.getLogger(__name__)
 _WRAPPER = "base_model.model."
 #: The name that the adapter has in the network.
 _ADAPTER = "default"
+#: Batches from which an adapter's norm of a block's output takes its first values.
+_CALIBRATION = 8
 
 
-class FinetuneTask(ClassificationTask):
+class FinetuneTask(PartlyFrozenTask):
     """Fine-tune a pretrained network; its head is always trained.
 
     Checkpoints hold only what is trained. The frozen rest is that of the network as it was given: a checkpoint says by
@@ -44,8 +44,8 @@ class FinetuneTask(ClassificationTask):
     Args:
         model: The network, with its first weights; see :class:`ClassificationTask`.
         num_classes: Number of labels.
-        adapter: What is trained beside the frozen network: ``LoraConfig``, ``ConvAdapterConfig`` or another
-            configuration of peft; or ``LowRankConfig``, by which layers are factorised and their factors trained.
+        adapter: What is trained beside the frozen network: ``LoraConfig`` (also peft's own) or ``ConvAdapterConfig``;
+            or ``LowRankConfig``, by which layers are factorised and their factors trained.
         unfreeze: Which layers of the network itself are trained beside its head: none (``head``), the last so many
             blocks and what follows them (a number), or all.
         unfreeze_every: Unfreeze gradually: in the first so many epochs the head alone is trained, then one block more
@@ -94,17 +94,14 @@ class FinetuneTask(ClassificationTask):
         self.head_lr = head_lr
         self.layer_decay = layer_decay
         low_rank = adapter is not None and not hasattr(adapter, "peft_type")
+        if adapter is not None and not low_rank:
+            _check_method(adapter)
         self._check_arguments(low_rank, hasattr(adapter, "peft_type") or hasattr(model, "peft_config"))
-        #: Names of the tensors of this task's state that never change: they are not in its checkpoints.
-        self.frozen: frozenset[str] = frozenset()
         self._prepared = False  # whether statistics have been taken before training
-        self._digest: str | None = None
-        self._copies: list[weakref.ref[Self]] = []
+        self._adapter_digest: str | None = None
         self._rates: list[float] = []
         self._plan: dict[str, Any] | None = None  # of the factorised layers
         self._waiting: Any = None  # for a plan: without its weights a network does not say which ranks it is to have
-        self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_do_without_frozen)  # type: ignore[no-untyped-call]
         self._analyse()
         config: Any = adapter
         if low_rank and not is_loading() and config.ranks is None:
@@ -174,6 +171,9 @@ class FinetuneTask(ClassificationTask):
         plain = _plain_name(name)
         if any(_is_within(plain, head) for head in self._head):
             return len(self._blocks) + 1
+        number = next((index for index, block in enumerate(self._blocks) if _is_within(plain, block)), None)
+        if number is not None:
+            return number + 1
         module = plain
         while module not in self._depths and module:
             module, _, _ = module.rpartition(".")
@@ -202,10 +202,8 @@ class FinetuneTask(ClassificationTask):
         config = copy.copy(config)
         if not is_loading():
             config.base_digest = None  # of weights that are yet to come
-        kept = getattr(config, "modules_to_save", None)
         norms = () if self.batch_norm == "frozen" else self._norms
-        if kept is not None or norms:
-            config.modules_to_save = list(dict.fromkeys([*self._head, *(kept or ()), *norms]))
+        config.modules_to_save = list(dict.fromkeys([*self._head, *(config.modules_to_save or ()), *norms]))
         self.model = add_adapter(self.model, config, _ADAPTER, num_classes=self._new_head)
 
     def _factorise(self, config: Any) -> None:
@@ -216,21 +214,31 @@ class FinetuneTask(ClassificationTask):
         self._plan = report.plan
         self._report = str(report)
 
-    def _follow(self, plan: dict[str, Any]) -> None:
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """How layers were factorised."""
+        return self._plan
+
+    @property
+    def waiting(self) -> bool:
+        """Whether layers are yet to be factorised as a file says."""
+        return self._waiting is not None
+
+    def follow(self, recipe: dict[str, Any]) -> None:
         """Factorise as the run did whose files are loaded."""
-        if self._waiting is None:
+        if not self.waiting:
             return
         from lightning_automl.adapters.low_rank import LowRankConfig
 
         self._waiting = None
-        self._factorise(LowRankConfig(**plan))
+        self._factorise(LowRankConfig(**recipe))
         self._settle()
 
     def _settle(self) -> None:
         """Decide about everything in the network whether it is trained."""
         self._freeze()
         self.frozen = self._find_frozen()
-        self._rest_norms()
+        self.rest()
 
     def _freeze(self) -> None:
         if self._new_head is not None and not self.adapted:
@@ -285,14 +293,9 @@ class FinetuneTask(ClassificationTask):
         """The batch norms that belong to what is trained or taken anew."""
         return [] if self.batch_norm == "frozen" else [norm for _, norm in self._named_norms()]
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; batch norms whose statistics are to stay keep evaluating."""
-        super().train(mode)
-        if mode and hasattr(self, "frozen"):
-            self._rest_norms()
-        return self
-
-    def _rest_norms(self) -> None:
+    def rest(self) -> None:
+        """Let batch norms evaluate whose statistics are to stay, in gradual unfreezing for now."""
+        super().rest()
         first = self._first_awake()
         complete = first == self._first_trained
         for name, norm in self._named_norms():
@@ -300,75 +303,6 @@ class FinetuneTask(ClassificationTask):
             norm.train(self.training and awake and norm.running_mean is not None)
 
     # Files ----------------------------------------------------------------------------------------------------------
-
-    def whole_state(self) -> dict[str, Tensor]:
-        """All tensors by name, the frozen ones too, which ``state_dict`` leaves out."""
-        return {f"model.{name}": value for name, value in self.model.state_dict().items()} | self.state_dict()
-
-    def save_base(self, path: Path) -> None:
-        """Write the frozen rest of the network to a safetensors file, and how layers were factorised.
-
-        None is written if there is nothing to write.
-        """
-        if not self.frozen and self._plan is None:
-            return
-        from safetensors.torch import save
-
-        whole = self.whole_state()
-        tensors = {name: whole[name].detach().cpu().contiguous().clone() for name in sorted(self.frozen)}
-        with replacing(path) as partial:
-            plan = None if self._plan is None else {"low_rank": json.dumps(self._plan)}
-            partial.write_bytes(save(tensors, plan))  # save_file would make it readable for its owner alone
-
-    def load_base(self, path: Path) -> None:
-        """Take the frozen rest of the network from the file that a run keeps of it.
-
-        Raises:
-            UserError: If the file is missing, damaged or another network's.
-        """
-        if not self.frozen and self._waiting is None:
-            return
-        if not path.exists():
-            raise UserError(f"{path} is missing, which holds the frozen rest of the network; restore it")
-        from safetensors import safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no dictionary
-        except Exception as error:  # SafetensorError is no public name
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); it is damaged, restore it") from error
-        if "low_rank" in facts:
-            self._follow(json.loads(facts["low_rank"]))
-        own = self.whole_state()
-        wrong = sorted(self.frozen - tensors.keys()) or sorted(
-            name for name in self.frozen if tensors[name].shape != own[name].shape
-        )
-        if wrong:
-            raise UserError(
-                f"{path} is of another network: it lacks {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}; "
-                "give the config that the run was started with"
-            )
-        with torch.no_grad():
-            for name in self.frozen:
-                own[name].copy_(tensors[name])
-        self._digest = None
-
-    def base_digest(self) -> str:
-        """32 hexadecimal digits that change with any frozen value; they do not depend on device, layout or precision.
-
-        What an adapter replaces as a whole, such as the head, is not a part of it.
-        """
-        if self._digest is None:
-            digest = blake2b(digest_size=16)
-            whole = self.whole_state()
-            for name in sorted(name for name in self.frozen if ".original_module." not in name):
-                value = whole[name].detach().cpu()
-                value = (value.float() if value.is_floating_point() else value).contiguous()
-                digest.update(f"{name}\0{tuple(value.shape)}\n".encode())
-                digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-            self._digest = digest.hexdigest()
-        return self._digest
 
     def save_adapter(self, directory: Path, state: dict[str, Tensor] | None = None) -> Path | None:
         """Write the adapter as files of peft.
@@ -390,13 +324,24 @@ class FinetuneTask(ClassificationTask):
             tensors |= {
                 name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
             }
-        written: Path = save_adapter(self._wrapped, directory, self._active, state_dict=tensors)
+        written: Path = save_adapter(
+            self._wrapped, directory, self._active, state_dict=tensors, digest=self._adapter_digest
+        )
         return written
 
     @property
     def low_rank(self) -> dict[str, Any] | None:
         """The arguments of the ``LowRankConfig`` that makes the factorised layers again; ``None`` without any."""
         return self._plan
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether what :meth:`deployed` gives has no layers of adapters."""
+        if not self.adapted:
+            return True
+        from lightning_automl.adapters import is_mergeable
+
+        return bool(is_mergeable(self._wrapped))
 
     @property
     def _wrapped(self) -> Any:
@@ -412,10 +357,10 @@ class FinetuneTask(ClassificationTask):
         if not self.adapted:
             network = copy.deepcopy(self.model)
         else:
-            from lightning_automl.adapters import is_mergeable, merged_network
+            from lightning_automl.adapters import merged_network
 
             wrapped = self._wrapped
-            network = merged_network(wrapped) if is_mergeable(wrapped) else copy.deepcopy(wrapped.get_base_model())
+            network = merged_network(wrapped) if self.mergeable else copy.deepcopy(wrapped.get_base_model())
         task = ClassificationTask(
             network,
             self.num_classes,
@@ -426,56 +371,39 @@ class FinetuneTask(ClassificationTask):
         return task.train(self.training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which frozen weights belong to the checkpoint, and what was done before training."""
+        """Say what was done before training."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["finetune"] = {"base": self.base_digest(), "prepared": self._prepared, "low_rank": self._plan}
+        checkpoint["prepared"] = self._prepared
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to other frozen weights."""
-        facts = checkpoint.get("finetune")
-        if facts is not None and facts["low_rank"] is not None:
-            self._follow(facts["low_rank"])
+        """Take note of what was done before training."""
         super().on_load_checkpoint(checkpoint)
-        if facts is None:
-            return
-        self._prepared = facts["prepared"]
-        if facts["base"] != self.base_digest():
-            raise UserError(
-                "the checkpoint belongs to other frozen weights than the network has; give the weights that its "
-                "training began with"
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = super().__deepcopy__(memo)
-        copied._copies = []
-        self._copies = [each for each in self._copies if each() is not None] + [weakref.ref(copied)]
-        return copied
-
-    def _keep_copies_exact(self) -> None:
-        """Undo what averaging weights does to those that never change: 0.9 x + 0.1 x is not always x."""
-        for reference in self._copies:
-            copied = reference()
-            if copied is None:
-                continue
-            own, other = (task.model.state_dict(keep_vars=True) for task in (self, copied))
-            with torch.no_grad():
-                for name in (name.removeprefix("model.") for name in self.frozen):
-                    other[name].copy_(own[name])
+        self._prepared = checkpoint.get("prepared", self._prepared)
 
     # Training -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Prepare the network; what is frozen is known by its digest from before any change of precision."""
+        """Prepare the network; an adapter's files know the base by its values before any change of precision."""
         super().setup(stage)
-        # Lightning warns of modules in evaluation mode, which here is as it is to be.
-        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
-        if stage == "fit":
-            self.base_digest()
+        if self.adapted:
+            from lightning_automl.adapters import base_digest
+
+            saved = self._wrapped.peft_config[self._active].modules_to_save
+            self._adapter_digest = base_digest(self.model, saved or ())
 
     def on_fit_start(self) -> None:
-        """Tell what is trained."""
-        if self.trainer.is_global_zero:
-            log.info("%s", self.description())
+        """Tell what is trained, and what of the arguments has no effect."""
+        if not self.trainer.is_global_zero:
+            return
+        log.info("%s", self.description())
+        kinds = {self._kind(name) for name, each in self.model.named_parameters() if each.requires_grad}
+        if self.scale_lr is not None and "scale" not in kinds:
+            log.info("scale_lr has no effect: the adapter has no learnable scale")
+        epochs = self.trainer.max_epochs or -1
+        if self.unfreeze_every is not None and 0 < epochs <= self.unfreeze_every:
+            log.warning(
+                "unfreeze_every is %d and the run has %d epochs: the head alone is trained", self.unfreeze_every, epochs
+            )
 
     def description(self) -> str:
         """What is trained, and which share of the parameters that is."""
@@ -504,12 +432,13 @@ class FinetuneTask(ClassificationTask):
             if getattr(config, "norm", "none") != "none" and getattr(config, "norm_at", "") == "block":
                 from lightning_automl.adapters.conv_adapter import calibrate
 
-                calibrate(self.model, map(self.normalized, self._images()))
+                calibrate(self.model, map(self.normalized, islice(self._images(), _CALIBRATION)))
             self._prepared = True
             for reference in self._copies:
                 if (copied := reference()) is not None:
                     copied.load_state_dict(self.state_dict())
-        self._rest_norms()
+        self.rest()
+        super().on_train_start()
 
     def _images(self) -> Iterator[Tensor]:
         """Batches of this rank's share of the train split, not augmented if that is possible."""
@@ -527,6 +456,11 @@ class FinetuneTask(ClassificationTask):
     def _reestimate(self) -> None:
         """Take the statistics of all batch norms from the train split: averages of those of its batches."""
         norms = [norm for norm in self._live_norms() if norm.running_mean is not None]
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # ranks may have unlike numbers of batches
+            raise UserError(
+                "batch_norm is reestimated, which takes the statistics of all processes together already; "
+                "leave out sync_batchnorm"
+            )
         momenta = [norm.momentum for norm in norms]
         modes = {module: module.training for module in self.modules()}
         self.eval()
@@ -549,7 +483,7 @@ class FinetuneTask(ClassificationTask):
         for norm in norms:
             for value in (norm.running_mean, norm.running_var):
                 assert value is not None
-                value.copy_(self._sum(value.double() * batches) / total)
+                value.copy_(self._sum(value * batches) / total)
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -558,7 +492,7 @@ class FinetuneTask(ClassificationTask):
 
     def on_train_epoch_start(self) -> None:
         """Wake up the norms of the blocks that are trained from now on."""
-        self._rest_norms()
+        self.rest()
 
     def on_before_optimizer_step(self, optimizer: "Optimizer") -> None:
         """Leave blocks that are not yet to be trained as they are.
@@ -571,15 +505,6 @@ class FinetuneTask(ClassificationTask):
         for name, parameter in self.model.named_parameters():
             if self._depth(name) < first and self._kind(name) == "network":
                 parameter.grad = None
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep averaged copies of this task exact where nothing is trained."""
-        self._keep_copies_exact()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the training metrics of the epoch."""
-        super().on_train_epoch_end()
-        self._keep_copies_exact()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters to train, in one group for each combination of learning rate and weight decay.
@@ -650,18 +575,13 @@ def _is_within(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def _leave_out_frozen(task: FinetuneTask, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in task.frozen:
-        del state[prefix + name]
+def _check_method(adapter: Any) -> None:
+    import peft
 
+    from lightning_automl.adapters import ADAPTERS
 
-def _do_without_frozen(task: FinetuneTask, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not _is_frozen(task, name)]
-
-
-def _is_frozen(task: FinetuneTask, name: str) -> bool:
-    while name not in task.frozen:  # within what holds the task, as one that averages weights
-        _, dot, name = name.partition(".")
-        if not dot:
-            return False
-    return True
+    if not isinstance(adapter, (peft.LoraConfig, *ADAPTERS.values())):
+        raise UserError(
+            f"adapter is a {type(adapter).__name__}, which is not known to work on image networks; known: "
+            f"{', '.join(each.__name__ for each in ADAPTERS.values())}, LowRankConfig"
+        )

@@ -2,10 +2,12 @@ import copy
 import logging
 from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from timm.layers import EvoNorm2dB0
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import OneCycleLR
@@ -218,6 +220,54 @@ def test_rates_decay_from_block_to_block():
     assert {rate for name, rate in rates.items() if "layer2.0" in name} == {1 / 4}
 
 
+@pytest.mark.parametrize("scheme", ["conv_parallel", "conv_sequential", "residual_parallel", "residual_sequential"])
+def test_rates_of_conv_adapters_are_those_of_their_blocks(scheme):
+    optimizer = lambda groups: torch.optim.SGD(groups, lr=1.0)  # noqa: E731
+    task = task_of("head", adapter=ConvAdapterConfig(scheme), optimizer=optimizer, layer_decay=0.5)
+    rates = {name: group["lr"] for group in task.configure_optimizers().param_groups for name in names_of(task, group)}
+    for place, rate in (("layer1.0.", 1 / 8), ("layer2.0.", 1 / 4), ("layer3.0.", 1 / 2)):
+        assert {value for name, value in rates.items() if place in name} == {rate}
+
+
+class Normed(nn.Module):
+    """A network whose norm is to be found among the buffers that move by themselves."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = norm
+        self.second = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.linear(self.second(self.norm(self.conv(images)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, track_running_stats=True), EvoNorm2dB0(8), nn.BatchNorm2d(8)])
+def test_buffers_of_all_kinds_of_norms_stay_when_they_are_frozen(norm):
+    task = FinetuneTask(Normed(norm), 10)
+    before = copied(task.whole_state())
+    fit(task, batches=5)
+    assert moved(before, task.whole_state()) - DATA == {"model.linear.weight", "model.linear.bias"}
+
+
+class Counting(Normed):
+    """Changes a buffer in each pass, in whatever mode."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, images):
+        self.passes += 1
+        return super().forward(images)
+
+
+def test_a_frozen_buffer_that_changes_by_itself_ends_the_run():
+    with pytest.raises(RuntimeError, match=r"frozen buffers have changed in training: model.passes; a module"):
+        fit(FinetuneTask(Counting(), 10))
+
+
 def test_scales_have_no_weight_decay_where_norms_have_none():
     config = LoraConfig(r=2, scale="learnable")
     task = task_of("lora", adapter=config, decay_norms_and_biases=False)
@@ -271,12 +321,22 @@ def test_statistics_taken_anew_are_averages_over_the_train_split():
     torch.testing.assert_close(task.model.bn1.running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_trained_is_told_at_the_start(caplog):
+def test_statistics_are_not_taken_anew_by_norms_that_wait_for_other_processes():
+    task = task_of("head, norms reestimated")
+    task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+    with pytest.raises(UserError, match="leave out sync_batchnorm"):
+        fit(task)
+
+
+def test_what_is_trained_is_told_at_the_start_and_what_has_no_effect(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_automl"):
         fit(task_of("head"))
-        fit(task_of("lora"))
+        fit(task_of("lora", scale_lr=0.1))
+        fit(task_of("gradually", unfreeze_every=3))
     text = "\n".join(caplog.messages)
     assert "trained: the head: 330 of 19,074 parameters (1.73%); batch norms frozen" in text
+    assert "scale_lr has no effect: the adapter has no learnable scale" in text
+    assert "unfreeze_every is 3 and the run has 1 epochs: the head alone is trained" in text
     assert "layer2.0.conv1  conv" in text  # in the first layers rank 8 would not save
 
 
@@ -304,6 +364,14 @@ LORA = LoraConfig(r=2)
         ({"head_lr": -1.0}, "head_lr is -1.0; it is a number, 0 or more"),
         ({"adapter_lr": 0.1}, "adapter_lr is given, but no adapter; leave it out"),
         ({"scale_lr": 0.1}, "scale_lr is given, but no adapter; leave it out"),
+        (
+            {"adapter": peft.LoHaConfig()},
+            "adapter is a LoHaConfig, .*; known: LoraConfig, ConvAdapterConfig, LowRankConfig",
+        ),
+        (
+            {"adapter": LoraConfig(target_modules=["linear"])},
+            "'linear' is trained in full, as the head",
+        ),
         ({"num_classes": 3}, "the network does not give 3 logits; build it with as many classes"),
     ],
 )
