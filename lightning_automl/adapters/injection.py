@@ -226,6 +226,9 @@ def _heads(network: nn.Module, saved: list[str]) -> list[str]:
 def base_modules(module: nn.Module, plain: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
     """The modules of a network without those of its adapters.
 
+    Unlike :func:`~lightning_automl.adapters.anatomy.plain_modules`, which serves to choose layers, with those inside of
+    an attention and without those of modules that are saved with an adapter, as wrapping and files see them.
+
     Yields:
         Name in the network without adapters, name now, and the module: an adapted one is given as the layer around it,
         and so is one that is saved with an adapter.
