@@ -278,13 +278,14 @@ class ConvAdapterLayer(nn.Module, BaseTunerLayer):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         config = self.configs[name]
         # The block may change x in place, but the adapter's gradient needs x as it was. The block gets x itself, as the
-        # rest of the network may count on the change; a compiler sees to such changes by itself.
-        watched = config.parallel and torch.is_grad_enabled() and not x.is_inference()
-        copied = watched and not torch.compiler.is_compiling() and self.training not in self._leaves_input
-        version = x._version if copied else 0
+        # rest of the network may count on the change. A compiler cannot watch, but it drops copies that are not needed.
+        copied = config.parallel and torch.is_grad_enabled()
+        watched = copied and not torch.compiler.is_compiling() and not x.is_inference()
+        copied = copied and not (watched and self.training in self._leaves_input)
+        version = x._version if watched else 0
         beside = self._adapter(name, config, x.clone() if copied else x) if config.parallel else None
         block: Tensor = self.base_layer(x, *args, **kwargs)
-        if copied and x._version == version:
+        if watched and x._version == version:
             self._leaves_input.add(self.training)
         kind = block.dtype
         if config.norm != "none" and config.norm_at == "block":

@@ -554,6 +554,18 @@ def test_a_block_may_change_its_input_in_place(scheme):
         torch.testing.assert_close(changed, left)
 
 
+def test_a_compiled_block_that_changes_its_input_gives_the_same_gradients():
+    layer = shake(layer_of(PreActivation(True)))
+    layer.set_adapter("default")
+    results = []
+    for module in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        outputs = module(torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(3)))
+        (outputs**2).sum().backward()
+        results.append([outputs, *(parameter.grad for parameter in layer.parameters())])
+    torch.testing.assert_close(*results)
+
+
 def test_the_input_is_copied_only_beside_a_block_that_changes_it():
     seen = []
     for inplace in (True, False):
