@@ -69,7 +69,7 @@ CONDITIONS = {
     PNEUMONIA: Condition("pneumoniamnist.npz", 10, 50, 3, 20, 20, PNEUMONIA),
     "BreastMNIST, 50 a class": Condition("breastmnist.npz", 50, 50, 3, 20, 6, BREAST),
     "PneumoniaMNIST, 50 a class": Condition("pneumoniamnist.npz", 50, 50, 3, 20, 6, PNEUMONIA),
-    CIFAR: Condition("cifar100.npz", 50, 10, 1, 100, 2, CIFAR, (2e-3, 1e-2)),
+    CIFAR: Condition("cifar100.npz", 50, 10, 1, 100, 1, CIFAR, (2e-3, 1e-2)),
 }
 FEW = [name for name in CONDITIONS if name != CIFAR]
 #: What the others are compared with: batch norms trained, which is the default, or at rest as with adapters.
