@@ -28,7 +28,10 @@ WAYS = {
     "head": {},
     "block": {"unfreeze": 1, "batch_norm": "reestimated"},
     "lora": {"adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "scale": "learnable"}}, "scale_lr": 0.1},
-    "norms": {"adapter": {"class_path": "LoraConfig", "init_args": {"r": 2}}, "batch_norm": "trained"},
+    "norms": {
+        "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "scale": "learnable"}},
+        "batch_norm": "trained",
+    },
     "conv": {"adapter": {"class_path": "ConvAdapterConfig", "init_args": {"scheme": "residual_parallel"}}},
     "low rank": {"adapter": {"class_path": "LowRankConfig", "init_args": {"rank": 3}}},
 }
@@ -154,7 +157,7 @@ def test_frozen_weights_are_not_those_of_a_command_that_was_corrected(command, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["block", "norms", "low rank"])
+@pytest.mark.parametrize("way", ["block", "norms", "conv", "low rank"])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, way):
     average = [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}]
     config = write_config(tmp_path, way, max_epochs=6, callbacks=average)

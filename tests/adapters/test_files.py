@@ -8,7 +8,8 @@ import layer_kinds
 import peft
 import pytest
 import torch
-from layer_kinds import KINDS, images, network, target
+from layer_kinds import KINDS, images, network
+from lora_networks import VARIANTS, altered, every_kind, every_variant, moved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,28 +28,6 @@ from lightning_automl.adapters.files import CONFIG, WEIGHTS
 from lightning_automl.adapters.injection import tuner_layers
 from lightning_automl.models import ResNet
 from lightning_automl.rundir import UserError
-
-VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "learnable": {"scale": "learnable"}, "dora": {"use_dora": True}}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def moved(model, by=0.3):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
-
-
-def adapted(kind, **options):
-    return moved(add_adapter(network(kind), LoraConfig(**{"r": 2, "target_modules": [target(kind)], **options})))
 
 
 def contents(directory):
@@ -73,7 +52,7 @@ def is_plain(kind, variant):
 @every_variant
 @every_kind
 def test_the_file_gives_a_fresh_base_the_same_outputs(kind, variant, tmp_path):
-    model = adapted(kind, modules_to_save=["head", "norm"], **VARIANTS[variant])
+    model = altered(kind, modules_to_save=["head", "norm"], **VARIANTS[variant])
     model.base_model.model.norm.modules_to_save["default"].running_mean += 1
     wanted = model(images())
     assert save_adapter(model, tmp_path) == tmp_path
@@ -111,7 +90,7 @@ assert "lightning_automl" not in sys.modules
 def test_without_this_package_peft_reads_it_rightly_or_fails(tmp_path):
     wanted = {}
     for kind in KINDS:
-        model = adapted(kind)
+        model = altered(kind)
         save_adapter(model, tmp_path / kind)
         wanted[kind] = model(images())
     out = subprocess.run(
@@ -163,7 +142,7 @@ def test_files_of_two_tasks_are_independent(name, tmp_path):
 
 def test_tensors_may_come_from_elsewhere(tmp_path):
     """As from a checkpoint of the averaged weights; also where the adapter is merged."""
-    model = adapted("groups")
+    model = altered("groups")
     state = copy.deepcopy(model.state_dict())
     wanted = model(images())
     moved(model)
@@ -205,7 +184,7 @@ def test_the_digest_knows_values_names_and_shapes_only():
 
 @every_kind
 def test_another_base_is_refused_and_stays_as_it_was(kind, tmp_path):
-    save_adapter(adapted(kind), tmp_path)
+    save_adapter(altered(kind), tmp_path)
     other = network(kind, seed=9)
     before = other(images())
     with pytest.raises(UserError, match=r"another base network \(digest [0-9a-f]{32}, this one has [0-9a-f]{32}\)"):
@@ -221,7 +200,7 @@ def test_another_base_is_refused_and_stays_as_it_was(kind, tmp_path):
 
 
 def test_another_architecture_is_refused_with_the_names(tmp_path):
-    save_adapter(adapted("depthwise"), tmp_path / "plain")
+    save_adapter(altered("depthwise"), tmp_path / "plain")
     with pytest.raises(UserError, match=r"another architecture: this network has no layer\.0;"):
         load_adapter(network("conv"), tmp_path / "plain")
     torch.manual_seed(0)
@@ -267,14 +246,14 @@ def test_what_peft_trained_wrongly_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["attention", "reflect"])
 def test_peft_is_still_wrong_where_its_files_are_refused(kind):
     """If this fails, peft has mended a layer, and files.py may call it right."""
-    ours = adapted(kind, modules_to_save=[])
+    ours = altered(kind, modules_to_save=[])
     theirs = peft.get_peft_model(network(kind), peft.LoraConfig(r=2, target_modules=["layer"])).eval()
     theirs.load_state_dict(ours.state_dict())
     assert (theirs(images()) - ours(images())).abs().max() > 1e-2
 
 
 def test_missing_and_unexpected_tensors_are_errors(tmp_path):
-    save_adapter(adapted("conv"), tmp_path)
+    save_adapter(altered("conv"), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     about = metadata(tmp_path)
     for name in tensors:
@@ -339,7 +318,7 @@ def damage_bad_value(directory):
 
 @pytest.mark.parametrize("damage", [value for name, value in list(globals().items()) if name.startswith("damage_")])
 def test_a_damaged_directory_is_refused_in_one_sentence(damage, tmp_path):
-    save_adapter(adapted("groups"), tmp_path)
+    save_adapter(altered("groups"), tmp_path)
     words = damage(tmp_path)
     net = network("groups")
     with pytest.raises(UserError, match=words) as caught:
@@ -350,7 +329,7 @@ def test_a_damaged_directory_is_refused_in_one_sentence(damage, tmp_path):
 
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="no adapter 'other'; known: default"):
-        save_adapter(adapted("conv"), tmp_path, "other")
+        save_adapter(altered("conv"), tmp_path, "other")
 
 
 def test_files_are_small(tmp_path):

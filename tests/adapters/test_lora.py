@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_kinds import KINDS, images, network, target
+from lora_networks import VARIANTS, adapted, every_kind, every_variant, moved
 from peft.utils import PeftType
 from torch import nn
 
@@ -25,39 +26,12 @@ from lightning_automl.adapters.lora import LoraConv2d, LoraLayer, LoraModel
 from lightning_automl.adapters.registration import register
 from lightning_automl.rundir import UnsupportedError, UserError
 
-VARIANTS = {
-    "lora": {},
-    "rslora": {"use_rslora": True, "lora_alpha": 3},
-    "learnable": {"scale": "learnable"},
-    "dora": {"use_dora": True},
-}
 #: Kinds whose weight is used without calling the layer.
 WITHOUT_DROPOUT = ("functional", "attention")
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def adapted(kind, r=2, seed=0, **options):
-    return add_adapter(network(kind, seed), LoraConfig(r=r, target_modules=[target(kind)], **options))
 
 
 def adapter_parameters(model):
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-
-
-def moved(model, by=0.3):
-    """Give every trained tensor another value, as training does."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
 
 
 def lora_layer(model):

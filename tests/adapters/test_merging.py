@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import KINDS, images, network, target
+from layer_kinds import images, network, target
+from lora_networks import VARIANTS, altered, every_kind, every_variant, moved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,28 +22,6 @@ from lightning_automl.adapters.injection import tuner_layers
 from lightning_automl.models import ResNet
 from lightning_automl.rundir import UnsupportedError
 
-VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "learnable": {"scale": "learnable"}, "dora": {"use_dora": True}}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def moved(model, by=0.3):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
-
-
-def adapted(kind, **options):
-    return moved(add_adapter(network(kind), LoraConfig(**{"r": 2, "target_modules": [target(kind)], **options})))
-
 
 def base_values(model):
     return {name: tensor.clone() for name, tensor in base_tensors(model)}
@@ -58,7 +37,7 @@ def types(net):
 def test_merged_outputs_are_the_unmerged_ones(kind, variant, size):
     size = 9 if kind == "static_same" else size  # its padding is for images of this size
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        model = adapted(kind, **VARIANTS[variant]).to(dtype)
+        model = altered(kind, **VARIANTS[variant]).to(dtype)
         x = images(size=size).to(dtype)
         wanted = model(x)
         before = base_values(model)
@@ -79,7 +58,7 @@ def test_merged_outputs_are_the_unmerged_ones(kind, variant, size):
 
 @every_kind
 def test_several_active_adapters_are_summed_and_merged_together(kind):
-    model = adapted(kind, modules_to_save=[])
+    model = altered(kind, modules_to_save=[])
     model.add_adapter("other", LoraConfig(r=1, lora_alpha=3, target_modules=[target(kind)], modules_to_save=[]))
     model.base_model.set_adapter(["default", "other"])
     moved(model)
@@ -99,7 +78,7 @@ def test_a_merged_network_does_as_many_operations_as_the_base(kind):
             net(images())
         return counter.get_flop_counts()["Global"]
 
-    assert operations(merged_network(adapted(kind))) == operations(network(kind))
+    assert operations(merged_network(altered(kind))) == operations(network(kind))
 
 
 def plain(name):
@@ -109,7 +88,7 @@ def plain(name):
 @every_variant
 @every_kind
 def test_the_merged_network_is_a_plain_one_and_the_model_is_not_touched(kind, variant):
-    model = adapted(kind, modules_to_save=["head", "norm"], num_classes=7, **VARIANTS[variant])
+    model = altered(kind, modules_to_save=["head", "norm"], num_classes=7, **VARIANTS[variant])
     model.base_model.model.norm.modules_to_save["default"].running_mean += 1
     wanted = model(images())
     before = copy.deepcopy(model.state_dict())
@@ -127,7 +106,7 @@ def test_the_merged_network_is_a_plain_one_and_the_model_is_not_touched(kind, va
 
 @every_kind
 def test_errors_of_states(kind):
-    model = adapted(kind)
+    model = altered(kind)
     layers = list(tuner_layers(model))
     with pytest.raises(RuntimeError, match="no adapter is merged"):
         unmerge_adapter(model)
@@ -153,7 +132,7 @@ def test_errors_of_states(kind):
 
 @every_kind
 def test_a_layer_merges_alone(kind):
-    model = adapted(kind)
+    model = altered(kind)
     wanted = model(images())
     before = base_values(model)
     layer = next(iter(tuner_layers(model)))
@@ -186,7 +165,7 @@ def test_a_base_of_half_precision_has_adapters_of_single_precision(kind, variant
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_what_is_not_finite_is_not_merged_into_any_layer(value):
-    model = adapted("depthwise", target_modules=["stem", "layer.0", "layer.1"], lora_alpha=100)
+    model = altered("depthwise", target_modules=["stem", "layer.0", "layer.1"], lora_alpha=100)
     list(tuner_layers(model))[-1].lora_B["default"].weight.data[0] = value
     before = copy.deepcopy(model.state_dict())
     for act in (merge_adapter, merged_network):
@@ -199,7 +178,7 @@ def test_what_is_not_finite_is_not_merged_into_any_layer(value):
 
 
 def test_attention_is_merged_whole_or_not_at_all():
-    model = adapted("attention")
+    model = altered("attention")
     layer, projection = tuner_layers(model)
     projection.lora_B["default"].weight.data[0] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"):
@@ -209,7 +188,7 @@ def test_attention_is_merged_whole_or_not_at_all():
 
 
 def test_switching_while_merged_merges_the_other_adapter():
-    model = adapted("groups")
+    model = altered("groups")
     one = model(images())
     add_adapter(model, LoraConfig(r=3, target_modules=["layer", "stem"]), "other", num_classes=7)
     moved(model)
@@ -226,7 +205,7 @@ def test_switching_while_merged_merges_the_other_adapter():
 
 @every_kind
 def test_peft_merges_and_unloads_too(kind):
-    model = adapted(kind)
+    model = altered(kind)
     wanted = model(images())
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(images()), wanted, atol=1e-5, rtol=1e-5)
