@@ -235,7 +235,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as weights ({type(error).__name__}); it is damaged, or not what its name says"
         ) from error
     state: Any = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    if "finetune" in content:  # a checkpoint of FinetuneTask, which lacks what was frozen
+    if "frozen" in content:  # a checkpoint of a PartlyFrozenTask, which lacks what was frozen
         state = _whole(file, state)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
