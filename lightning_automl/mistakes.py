@@ -29,6 +29,13 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, UserError):
         return text
+    # Where several kinds of class would do, the first of them only says that the class is none of it.
+    text = re.sub(
+        r"^ *- Import path (\S+) does not correspond to a subclass of .+\n(?= *- Problem with given class_path '\1')",
+        "",
+        text,
+        flags=re.MULTILINE,
+    )
     keys = ".".join(re.findall(r'Parser key "([^"]+)"', text))
     classes = re.findall(r"Problem with given class_path '([^']+)'", text)
 
@@ -97,8 +104,21 @@ def ending(error: BaseException, rank: int = 0) -> tuple[int, str]:
 def root_cause(error: BaseException) -> BaseException:
     """What an exception was raised from, and that from, to the first, or to a mistake of the user that is told."""
     while error.__cause__ is not None and not isinstance(error, UserError):
+        if (refusal := _refusal(str(error))) is not None:
+            return ValueError(refusal)
         error = error.__cause__
     return error
+
+
+def _refusal(text: str) -> str | None:
+    """What the class that was chosen says, where several kinds would do and the first of them is another one.
+
+    jsonargparse raises from what the first kind said, which is only that the class is none of it.
+    """
+    said = re.findall(r"^  - (.+)$", text, re.MULTILINE) if text.startswith("Does not validate against any of") else []
+    none = ("Import path", "Expected a", "Does not validate")
+    others = [each for each in said if not each.startswith(none)]
+    return others[0] if others and said[0].startswith("Import path") else None
 
 
 _SPECIFICATION = ("class_path", "init_args", "init_arg", "dict_kwargs")

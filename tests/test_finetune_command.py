@@ -127,6 +127,18 @@ def test_what_an_adapter_cannot_be_put_on_is_told_in_one_sentence(command, tmp_p
     assert "Traceback" not in answer.err
 
 
+def test_a_value_that_an_adapter_refuses_is_told_by_the_adapter(command, tmp_path):
+    keys = ("fit", "--config", write_config(tmp_path, "head"), "--dir=run", "--model.adapter=LowRankConfig")
+    for given, sentence in (
+        ("energy=1.5", "energy is 1.5; it is a share in (0, 1]"),
+        ("rank=many", "model.adapter.rank: 'many' is not a whole number"),
+        ("ranks_=1", "unknown argument of LowRankConfig: 'ranks_'; did you mean 'ranks'"),
+    ):
+        answer = command(*keys, f"--model.adapter.{given}")
+        assert answer.status == 2
+        assert answer.err.splitlines()[-1].startswith(f"lightning-automl: {sentence}")
+
+
 def test_the_network_of_a_run_can_be_the_first_weights_of_another(command, tmp_path):
     command("fit", "--config", write_config(tmp_path, "head"), "--dir=run")
     task = trained_task(Run.read(tmp_path / "run"))

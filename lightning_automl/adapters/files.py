@@ -20,7 +20,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -78,6 +78,8 @@ def add_adapter(
     own: Any = _taken_over(config) if type(config) is peft.LoraConfig else copy.deepcopy(config)
     own.inference_mode = False
     if num_classes is not None:
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; give the number of labels, or nothing to keep the head")
         own.num_classes = num_classes
     if not isinstance(network, PeftModel):
         model = PeftModel(network, own, adapter_name=name)
@@ -172,12 +174,10 @@ def save_adapter(
             raise UserError(f"the tensors given for adapter {name!r} lack {', '.join(missing[:10])}")
     digest = digest or base_digest(model, config.modules_to_save or ())
     contents = _plain_contents(model, name) or {**config.to_dict(), "base_digest": digest}
+    written = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     with rundir.replacing(directory / WEIGHTS) as partial:
-        save_file(
-            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-            partial,
-            metadata={"format": "pt", "base_digest": digest},
-        )
+        # save_file would make it readable for its owner alone
+        partial.write_bytes(save(written, {"format": "pt", "base_digest": digest}))
     rundir.write_json(directory / CONFIG, contents)
     return directory
 

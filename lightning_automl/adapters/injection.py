@@ -172,7 +172,9 @@ def resized(module: nn.Module, num_classes: int) -> nn.Module:
 def _check_name(network: nn.Module, adapter_name: str) -> None:
     parts = {part for name, _ in network.named_modules() for part in name.split(".")}
     taken = parts - {part for layer in tuner_layers(network) for part in _adapters(layer)}
-    if "." in adapter_name or not adapter_name or adapter_name in taken:
+    if "." in adapter_name or not adapter_name:
+        raise UserError(f"an adapter cannot be named {adapter_name!r}; give a name without dots")
+    if adapter_name in taken:
         raise UserError(
             f"an adapter cannot be named {adapter_name!r}: peft tells adapters apart by the parts of names between "
             "dots, and a module of this network has it; choose another"

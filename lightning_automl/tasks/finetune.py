@@ -136,7 +136,7 @@ class FinetuneTask(PartlyFrozenTask):
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value}; it is a number, 0 or more")
             if value is not None and name != "head_lr" and not (adapted or low_rank):
-                raise UserError(f"{name} is given, but no adapter; leave it out")
+                raise UserError(f"{name} is given, but no adapter; leave it out, or set it to null")
 
     # Parts of the network -------------------------------------------------------------------------------------------
 

@@ -375,3 +375,24 @@ def test_a_network_that_asks_for_the_version_of_what_it_loads_gets_its_adapter(t
     pictures = torch.rand(2, 3, 16, 16)
     loaded = load_adapter(plain, save_adapter(model, tmp_path))
     assert torch.equal(loaded(pictures), model(pictures))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name": "a.b"}, "cannot be named 'a.b'; give a name without dots"),
+        ({"name": ""}, "cannot be named ''; give a name without dots"),
+        ({"name": "layer"}, "cannot be named 'layer': .* a module of this network has it"),
+        ({"num_classes": 0}, "num_classes is 0; give the number of labels"),
+    ],
+)
+def test_names_and_sizes_that_cannot_be(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        add_adapter(network("conv"), LoraConfig(r=2), **arguments)
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    save_adapter(altered("conv"), tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in (CONFIG, WEIGHTS)}
+    (tmp_path / "other").write_text("")
+    assert modes == {(tmp_path / "other").stat().st_mode}
