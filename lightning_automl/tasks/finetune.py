@@ -55,7 +55,8 @@ class FinetuneTask(PartlyFrozenTask):
         batch_norm: ``frozen``: statistics stay as they were. ``reestimated``: they are taken anew from the train
             split before training, and then stay. ``trained``: all batch norms are trained, weights and statistics.
             With an adapter what changes is saved as a part of it. By default ``trained`` if all layers are, else
-            ``frozen``.
+            ``frozen``. With few images and small batches ``frozen`` may be much better for all layers too: the
+            statistics of a few dozen batches are poor (``benchmarks/adapters_transfer``).
         adapter_lr: Learning rate of the adapter; the optimizer's by default.
         scale_lr: Learning rate of the adapter's learnable scales; that of the adapter by default.
         head_lr: Learning rate of the head; the optimizer's by default.
