@@ -168,16 +168,30 @@ def test_frozen_weights_are_not_those_of_a_command_that_was_corrected(command, t
     assert torch.equal(base["model.conv1.weight"], torch.load("first.pth")["conv1.weight"])
 
 
+@pytest.fixture
+def one_thread():
+    """As many as the other processes of a test have, so that sums are the same bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["block", "norms", "conv", "low rank"])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, way):
+def test_a_killed_run_goes_on_to_the_same_weights(command, one_thread, tmp_path, way):
     average = [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}]
     config = write_config(tmp_path, way, max_epochs=6, callbacks=average)
-    keys = [sys.executable, "-m", "lightning_automl", "fit", "--config", config, "--checkpoint_every_n_steps=2"]
-    options = {"cwd": tmp_path, "env": ENVIRONMENT}
-    subprocess.run([*keys, "--dir=whole"], check=True, capture_output=True, timeout=300, **options)
+    keys = ["fit", "--config", config, "--checkpoint_every_n_steps=2"]
+    assert command(*keys, "--dir=whole").status == 0
     with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen([*keys, "--dir=killed"], stdout=log, stderr=log, **options)
+        first = subprocess.Popen(
+            [sys.executable, "-m", "lightning_automl", *keys, "--dir=killed"],
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
         last = tmp_path / "killed/checkpoints/last.ckpt"
         while not last.exists():
             time.sleep(0.005)
@@ -185,7 +199,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, way):
         first.send_signal(signal.SIGKILL)
         first.wait()
     (tmp_path / "first.pth").unlink()
-    subprocess.run([*keys, "--dir=killed"], check=True, capture_output=True, timeout=300, **options)
+    assert command(*keys, "--dir=killed").status == 0
     assert "going on from" in (tmp_path / "killed/log.txt").read_text()
     for name in ("last", "best"):
         killed, whole = (checkpoint(tmp_path / run, name) for run in ("killed", "whole"))
@@ -202,21 +216,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["lora", "conv", "block"])
-def test_two_ranks_end_with_the_weights_of_one_process(tmp_path, make_npz, way):
+def test_two_ranks_end_with_the_weights_of_one_process(command, tmp_path, make_npz, way):
     config = write_config(tmp_path, way)
     # As many images as whole batches, which are then the same joint ones.
     data = make_npz(tmp_path / "data.npz", classes=10, channels=1, counts=(256, 40, 40))
-    keys = [sys.executable, "-m", "lightning_automl", "fit", "--config", config, "--data=ArraysDataModule"]
-    keys += [f"--data.path={data}"]
+    keys = ["fit", "--config", config, "--data=ArraysDataModule", f"--data.path={data}"]
     if way == "block":  # averages over batches are not those over halves of batches
         keys += ["--model.batch_norm=frozen"]
-    for directory, arguments in (
-        ("one", ["--data.batch_size=64"]),
-        ("two", ["--data.batch_size=32", "--trainer.devices=2"]),
-    ):
-        command = [*keys, f"--dir={directory}", *arguments]
-        ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr
+    assert command(*keys, "--dir=one", "--data.batch_size=64").status == 0
+    keys += ["--dir=two", "--data.batch_size=32", "--trainer.devices=2"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "lightning_automl", *keys],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
     one, two = (checkpoint(tmp_path / directory)["state_dict"] for directory in ("one", "two"))
     first = torch.load(tmp_path / "first.pth", weights_only=True)
     assert one.keys() == two.keys()
