@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.network import what_was_trained
-from lightning_automl.results.run import Run
+from lightning_automl.results.run import Run, open_data
 from lightning_automl.rundir import UserError, index_digest
 
 if TYPE_CHECKING:
@@ -203,15 +203,10 @@ def _task_like(task: Any, network: Any) -> Any:
 
 
 def _data_module(run: Run) -> Any:
-    import jsonargparse
-    from lightning.pytorch import LightningDataModule
-
     if not run.config.get("data"):
         raise UserError(f"{run.directory} has no data module, without which no accuracy can be told")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
     try:
-        data = parser.instantiate(parser.parse_object({"data": run.config["data"]})).data
+        data = open_data(run)
     except Exception as error:
         raise UserError(
             f"the accuracy of the compressed network cannot be told, since the data of {run.directory} cannot be "

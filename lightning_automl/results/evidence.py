@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_automl.image_files import windowed
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.page import Gallery, Text
-from lightning_automl.results.run import Predictions, Run
+from lightning_automl.results.run import Predictions, Run, open_data
 from lightning_automl.rundir import index_digest
 
 _THUMBNAIL = 160  # pixels of the longer side at most
@@ -86,15 +86,10 @@ class Evidence:
     @cached_property
     def data(self) -> Any:
         """The data module, or the sentence why there is none; its images are not read."""
-        import jsonargparse
-        from lightning.pytorch import LightningDataModule
-
         if not self.run.config.get("data"):
             return "The run has no data module."
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LightningDataModule, "data")
         try:
-            data = parser.instantiate(parser.parse_object({"data": self.run.config["data"]})).data
+            data = open_data(self.run)
         except Exception as error:
             reason = one_sentence(root_cause(error))
             return f"The images cannot be shown, since the data cannot be opened from here: {reason}."

@@ -122,3 +122,17 @@ def _config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
         raise UserError(f"{path} is not the config of a run: it has no 'model' and 'trainer'; give the --dir of a fit")
     return config
+
+
+def open_data(run: Run) -> Any:
+    """Build the data module of a run that has one, from its config; its images are not read.
+
+    Raises:
+        Exception: Whatever the data module, or jsonargparse, raises where the data are not there.
+    """
+    import jsonargparse
+    from lightning.pytorch import LightningDataModule
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    return parser.instantiate(parser.parse_object({"data": run.config["data"]})).data

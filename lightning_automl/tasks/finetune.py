@@ -386,7 +386,7 @@ class FinetuneTask(PartlyFrozenTask):
     def setup(self, stage: str) -> None:
         """Prepare the network; an adapter's files know the base by its values before any change of precision."""
         super().setup(stage)
-        if self.adapted:
+        if self.adapted and stage == "fit":
             from lightning_automl.adapters import base_digest
 
             saved = self._wrapped.peft_config[self._active].modules_to_save
