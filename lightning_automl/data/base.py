@@ -133,6 +133,8 @@ class ImageDataModule(LightningDataModule, ABC):
         train_policy: Maps uint8 ``(batch, channels, height, width)`` to the same; applied after ``base_augment``.
         fold: Number of the fold, in [0, folds), that is the val split; train and val together are cut into ``folds``.
         folds: Number of folds.
+        without_folds: Numbers of folds whose images are in no split, kept apart for another use, such as the comparison
+            that a searched policy has to stand; only with ``fold``.
         subset: Stratified share of the train split to train on, in (0, 1].
         val_fraction: Share of the train split that becomes the val split, if the data bring none.
         test_fraction: Share of all images that becomes the test split, if the data bring none.
@@ -165,6 +167,7 @@ class ImageDataModule(LightningDataModule, ABC):
         train_policy: nn.Module | Callable[[Tensor], Any] | None = None,
         fold: int | None = None,
         folds: int = 5,
+        without_folds: Sequence[int] = (),
         subset: float | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
@@ -200,6 +203,7 @@ class ImageDataModule(LightningDataModule, ABC):
             contents.groups,
             fold=fold,
             folds=folds,
+            without_folds=without_folds,
             subset=subset,
             val_fraction=val_fraction,
             test_fraction=test_fraction,

@@ -22,6 +22,7 @@ def make_splits(
     *,
     fold: int | None = None,
     folds: int = 5,
+    without_folds: Sequence[int] = (),
     subset: float | None = None,
     val_fraction: float = 0.15,
     test_fraction: float = 0.2,
@@ -32,7 +33,7 @@ def make_splits(
 
     Splits that the data bring are kept. A missing test split is cut off first, then a missing val split from what
     remains. With ``fold`` the test split stays apart, and train and val together are cut into ``folds`` parts, of
-    which part ``fold`` is val. At last ``subset`` reduces train.
+    which part ``fold`` is val and the parts ``without_folds`` are left out. At last ``subset`` reduces train.
 
     Args:
         labels: Class ``(images,)`` of each image, in [0, classes).
@@ -41,6 +42,7 @@ def make_splits(
         groups: One value an image; images of one group (a patient, a slide) never are in two splits.
         fold: Number of the fold, in [0, folds).
         folds: Number of folds.
+        without_folds: Numbers of folds whose images are in no split, kept apart for another use; only with ``fold``.
         subset: Share of the train split to keep, in (0, 1]; smaller subsets lie within larger ones.
         val_fraction: Share of what is left after test, in (0, 1).
         test_fraction: Share of all images, in (0, 1).
@@ -51,6 +53,7 @@ def make_splits(
         UserError: If a value is out of range, a class does not reach every split, or a group is in two splits.
     """
     _check_numbers(fold, folds, subset, val_fraction, test_fraction, seed)
+    _check_without(without_folds, fold, folds)
     codes = None if groups is None else np.unique(groups, return_inverse=True)[1].astype(np.int64).reshape(-1)
     cutter = _Cutter(labels, class_names, codes, seed)
     everything = np.arange(len(labels), dtype=np.int64)
@@ -73,7 +76,7 @@ def make_splits(
         everything, splits["test"] = cutter.hold_out(everything, test_fraction, reserve=len(wanted) - 1, salt=0)
     if fold is not None:
         pool = np.sort(np.concatenate([everything, splits.get("val", everything[:0])]))
-        train, val = cutter.fold(pool, fold, folds)
+        train, val = cutter.fold(pool, fold, folds, without_folds)
     elif "val" in splits:
         train, val = everything, splits["val"]
     else:
@@ -103,6 +106,20 @@ def _check_numbers(
             raise UserError(f"{name} is {fraction}; it must lie between 0 and 1, for example 0.2")
     if not 0 <= seed < 2**31:
         raise UserError(f"split_seed is {seed}; it must lie between 0 and {2**31 - 1}")
+
+
+def _check_without(without_folds: Sequence[int], fold: int | None, folds: int) -> None:
+    if not without_folds:
+        return
+    if fold is None:
+        raise UserError(f"without_folds is {list(without_folds)} and there is no fold; give the fold that is to be val")
+    outside = [number for number in without_folds if not 0 <= number < folds]
+    if outside:
+        raise UserError(f"without_folds names fold {outside[0]}; with folds={folds} there are 0 to {folds - 1}")
+    if fold in without_folds:
+        raise UserError(f"fold {fold} is to be the val split and is in without_folds too; leave it out there")
+    if len({*without_folds, fold}) == folds:
+        raise UserError(f"without_folds leaves none of the {folds} folds to train on; name fewer, or use more folds")
 
 
 def _check_groups(splits: dict[str, Rows], groups: NDArray[np.generic]) -> None:
@@ -197,8 +214,8 @@ class _Cutter:
                 except ValueError:  # no class has that many images
                     return
 
-    def fold(self, rows: Rows, fold: int, folds: int) -> tuple[Rows, Rows]:
-        """Cut into ``folds`` parts; returns all others together, and part ``fold``."""
+    def fold(self, rows: Rows, fold: int, folds: int, without: Sequence[int] = ()) -> tuple[Rows, Rows]:
+        """Cut into ``folds`` parts; returns all others but ``without`` together, and part ``fold``."""
         from sklearn.model_selection import StratifiedKFold
 
         units = self.units(rows)
@@ -218,7 +235,8 @@ class _Cutter:
                     f"the groups cannot be cut into {folds} folds that all hold every class; use fewer folds"
                 )
             parts = found
-        return np.setdiff1d(rows, parts[fold]), parts[fold]
+        left = np.setdiff1d(rows, np.concatenate([parts[number] for number in {fold, *without}]))
+        return left, parts[fold]
 
     def reduce(self, rows: Rows, share: float) -> Rows:
         """Keep about ``share`` of each class, whole groups where there are groups."""

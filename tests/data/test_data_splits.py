@@ -85,6 +85,15 @@ def test_folds_partition_train_and_val_and_leave_test_apart(groups, with_test):
             assert not set(groups[part["train"]]) & set(groups[part["val"]])
 
 
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_images_of_folds_that_are_left_out_are_in_no_split(groups):
+    whole = [make_splits(LABELS, NAMES, groups=groups, fold=fold, folds=4) for fold in range(4)]
+    apart = make_splits(LABELS, NAMES, groups=groups, fold=1, folds=4, without_folds=[2, 3])
+    assert apart["val"].tolist() == whole[1]["val"].tolist()
+    assert apart["train"].tolist() == whole[0]["val"].tolist()
+    assert apart["test"].tolist() == whole[1]["test"].tolist()
+
+
 def test_a_subset_keeps_the_shares_of_the_classes_and_lies_within_larger_ones():
     whole = make_splits(LABELS, NAMES)
     half, tenth = (make_splits(LABELS, NAMES, subset=share) for share in (0.5, 0.1))
@@ -109,6 +118,10 @@ def test_a_subset_takes_whole_groups():
         ({"fold": 5}, "fold is 5; with folds=5 it must be between 0 and 4"),
         ({"fold": -1}, "fold is -1; with folds=5 it must be between 0 and 4"),
         ({"folds": 1}, "folds is 1; it must be at least 2"),
+        ({"without_folds": [1]}, r"without_folds is \[1\] and there is no fold; give the fold that is to be val"),
+        ({"fold": 0, "without_folds": [5]}, "without_folds names fold 5; with folds=5 there are 0 to 4"),
+        ({"fold": 1, "without_folds": [1]}, "fold 1 is to be the val split and is in without_folds too"),
+        ({"fold": 0, "folds": 2, "without_folds": [1]}, "without_folds leaves none of the 2 folds to train on"),
         ({"subset": 0.0}, "subset is 0.0; it must be above 0 and at most 1, for example 0.1"),
         ({"subset": 1.5}, "subset is 1.5; it must be above 0 and at most 1"),
         ({"subset": 0.01}, "subset 0.01 leaves none of the 14 train images of class 'c'; use at least 0.08"),
