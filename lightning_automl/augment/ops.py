@@ -1,174 +1,88 @@
-"""Operations on batches of images ``(batch, channels, height, width)``, on the device where the batch is.
+"""Operations that augmentation policies are made of: what there is, how strong it may be, and in which unit."""
 
-Every image of the batch draws its own random numbers, from torch's global generator of that device; there is no loop
-over images and nothing waits for the device.
-"""
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
 
 from lightning_automl.rundir import UserError
 
-_LARGE = 2**15  # elements of an image from which on it is copied by itself
 
+@dataclass(frozen=True)
+class Operation:
+    """An operation on images, as policies, spaces and searches see it.
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image by up to ``padding`` pixels in both directions; what comes in from outside is zero.
-
-    Equal to a crop at a uniformly drawn place of the image padded with zeros on all four sides.
-
-    Args:
-        images: ``(batch, channels, height, width)``, of any dtype and device; it is not changed.
-        padding: Largest shift, in pixels.
-
-    Returns:
-        Images of the same shape, dtype and memory format.
-
-    Raises:
-        UserError: If the padding is negative or the images have no four dimensions.
-    """
-    _check(images, padding)
-    if padding == 0:
-        return images.clone()
-    if _one_by_one(images):
-        return _shifted(images, torch.zeros(images.shape[0], dtype=torch.bool), padding)
-    samples = torch.arange(images.shape[0], device=images.device)
-    return _windows(F.pad(images, [padding] * 4), samples, padding)
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirror each image left to right with probability one half.
+    The strength of an operation is how far it goes from the identity, in its own unit: 0 changes nothing, bit for bit.
+    Magnitudes in [0, 1] are shares of the strongest that a space allows. Which pixels become what is in
+    :mod:`lightning_automl.augment.geometry` and :mod:`lightning_automl.augment.pixels`.
 
     Args:
-        images: ``(batch, channels, height, width)``, of any dtype and device; it is not changed.
-
-    Returns:
-        Images of the same shape, dtype and memory format.
-
-    Raises:
-        UserError: If the images have no four dimensions.
+        name: How policies call it.
+        kind: ``geometric`` moves pixels, ``pointwise`` changes each pixel by itself (and by statistics of its image),
+            ``neighbourhood`` mixes pixels with those around them, ``batch`` mixes images.
+        strongest: AutoAugment's range, or this project's for what AutoAugment does not have; None: the operation has
+            no strength, and magnitudes do not count.
+        limit: The strongest that a space may allow; None as for ``strongest``.
+        unit: What a strength counts, in words that follow a number.
+        signed: Whether the sign of the strength is drawn: it goes both ways.
+        wide: TrivialAugment's wide range, 0 for what is in its list and has no strength, None for what is not in its
+            list. Translations are in pixels there, not in shares of the image.
     """
-    _check(images, padding=0)
-    if _one_by_one(images):
-        return _shifted(images, torch.randint(2, images.shape[:1]), padding=0)
-    return _windows(*_with_mirrored(images), padding=0)
+
+    name: str
+    kind: Literal["geometric", "pointwise", "neighbourhood", "batch"]
+    strongest: float | None
+    limit: float | None
+    unit: str
+    signed: bool
+    wide: float | None
 
 
-def random_crop_flip(images: Tensor, padding: int) -> Tensor:
-    """Mirror each image with probability one half, then shift it: :func:`random_flip` and :func:`random_crop` in one.
-
-    Args:
-        images: ``(batch, channels, height, width)``, of any dtype and device; it is not changed.
-        padding: Largest shift, in pixels.
-
-    Returns:
-        Images of the same shape, dtype and memory format.
-
-    Raises:
-        UserError: If the padding is negative or the images have no four dimensions.
-    """
-    _check(images, padding)
-    if _one_by_one(images):
-        return _shifted(images, torch.randint(2, images.shape[:1]), padding)
-    both, samples = _with_mirrored(images)
-    return _windows(F.pad(both, [padding] * 4), samples, padding)
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Subtract the mean and divide by the standard deviation of each channel.
-
-    Args:
-        images: ``(batch, channels, height, width)``, float; they are not changed.
-        mean: ``(channels,)`` or ``(channels, 1, 1)``.
-        std: Likewise.
-
-    Returns:
-        Images of the same shape and memory format.
-    """
-    mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
-    if images.device.type == "cpu" and images.is_contiguous(memory_format=torch.channels_last):
-        # The innermost loop of an elementwise operation would be over three channels; over the pixels of a row, each
-        # with its channels, it is eight times as fast (128 x 3 x 32 x 32: 0.14 instead of 1.2 ms on one core).
-        width = images.shape[3]
-        mean, std = (value.view(1, 1, -1).repeat(1, width, 1).permute(2, 0, 1) for value in (mean, std))
-    return (images - mean).div_(std)
-
-
-def _check(images: Tensor, padding: int) -> None:
-    if images.ndim != 4:
-        raise UserError(
-            f"images have the shape {tuple(images.shape)}; an image operation needs (batch, channels, height, width)"
-        )
-    if padding < 0:
-        raise UserError(f"the padding of a crop is {padding} pixels; give 0 (no shift) or more")
-
-
-def _one_by_one(images: Tensor) -> bool:
-    return images.device.type == "cpu" and images[:1].numel() >= _LARGE
-
-
-def _shifted(images: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """What :func:`_windows` gives for the same random numbers, image by image and with no copy of the whole batch.
-
-    For a uint8 batch of 64 x 3 x 224 x 224 on one core 1.5 instead of 9 ms; for small images the loop costs more than
-    the copies, and a GPU would wait for the numbers.
-    """
-    batch, _, height, width = images.shape
-    rows = columns = [0] * batch
-    if padding:
-        rows, columns = (torch.randint(2 * padding + 1, (2, batch)) - padding).tolist()
-    result = torch.zeros_like(images) if padding else torch.empty_like(images)
-    for image, target, mirror, row, column in zip(images, result, mirrored.tolist(), rows, columns, strict=True):
-        row, column = max(-height, min(row, height)), max(-width, min(column, width))  # beyond all is zero
-        # The target's pixel (y, x) is the image's (y + row, x + column), where there is one.
-        ys = slice(max(0, -row), min(height, height - row))
-        xs = slice(max(0, -column), min(width, width - column))
-        source = image[:, ys.start + row : ys.stop + row]
-        if mirror:  # the same of the mirror image, which is not made
-            start = width - (xs.stop + column)
-            target[:, ys, xs] = source[:, :, start : start + xs.stop - xs.start].flip(2)
-        else:
-            target[:, ys, xs] = source[:, :, xs.start + column : xs.stop + column]
-    return result
-
-
-def _with_mirrored(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The images followed by their mirror images, and for each image the row of the one that was drawn."""
-    batch = images.shape[0]
-    samples = torch.arange(batch, device=images.device)
-    samples += batch * torch.randint(2, (batch,), device=images.device)
-    return torch.cat([images, images.flip(3)]), samples
-
-
-def _windows(padded: Tensor, samples: Tensor, padding: int) -> Tensor:
-    """Cut from ``padded[samples]`` one window each that is ``2 * padding`` pixels smaller, at a random place.
-
-    ``padded`` is dense, in either memory format; ``samples`` ``(batch,)`` may name an image twice or not at all.
-    """
-    # A window is a set of rows that lie in one piece in memory. All pieces of that length, one beginning at each
-    # element, are an overlapping view, from which `index_select` copies the drawn ones with one memcpy a row: for
-    # uint8 batches of 128 x 3 x 32 x 32 on one core 1.6 times as fast as gathering single pixels, 2.5 to 3.5 times as
-    # fast as indexing an unfolded view or copying image by image (which would also wait for a GPU).
-    # benchmarks/data_throughput has the whole pipeline.
-    batch, device = samples.shape[0], padded.device
-    channels, height, width = padded.shape[1], padded.shape[2] - 2 * padding, padded.shape[3] - 2 * padding
-    if padded.numel() == 0:
-        return padded.new_empty(batch, channels, height, width)
-    channels_last = not padded.is_contiguous()  # a pixel's channels lie side by side, so one row holds all of them
-    planes, length = (1, width * channels) if channels_last else (channels, width)
-    to_sample, to_plane, to_row, to_column = padded.stride()
-    starts = samples * to_sample
-    if padding:
-        rows, columns = torch.randint(2 * padding + 1, (2, batch), device=device)
-        starts += rows * to_row + columns * to_column
-    pieces = (
-        starts.view(-1, 1, 1)
-        + torch.arange(planes, device=device).view(-1, 1) * to_plane
-        + torch.arange(height, device=device) * to_row
+#: Every operation. Ranges: Cubuk et al., *AutoAugment*, 2019, https://arxiv.org/abs/1805.09501 (table 6), wide ones
+#: Müller and Hutter, *TrivialAugment*, 2021, https://arxiv.org/abs/2103.10158 (table 1).
+OPS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Operation("identity", "pointwise", None, None, "", False, 0),
+        Operation("shear_x", "geometric", 0.3, 1.0, "pixels a row", True, 0.99),
+        Operation("shear_y", "geometric", 0.3, 1.0, "pixels a column", True, 0.99),
+        Operation("translate_x", "geometric", 150 / 331, 1.0, "of the width", True, 32),
+        Operation("translate_y", "geometric", 150 / 331, 1.0, "of the height", True, 32),
+        Operation("rotate", "geometric", 30, 180, "degrees", True, 135),
+        Operation("zoom", "geometric", 0.1, 0.9, "of the scale", True, None),
+        Operation("elastic", "geometric", 0.05, 0.2, "of the width", False, None),
+        Operation("horizontal_flip", "geometric", None, None, "", False, None),
+        Operation("vertical_flip", "geometric", None, None, "", False, None),
+        Operation("quarter_turn", "geometric", None, None, "", False, None),
+        Operation("crop", "geometric", 0.125, 0.5, "of the size", False, None),
+        Operation("autocontrast", "pointwise", None, None, "", False, 0),
+        Operation("invert", "pointwise", None, None, "", False, None),
+        Operation("equalize", "pointwise", None, None, "", False, 0),
+        Operation("solarize", "pointwise", 256, 256, "levels of 256 inverted", False, 256),
+        Operation("posterize", "pointwise", 4, 7, "bits removed", False, 6),
+        Operation("contrast", "pointwise", 0.9, 0.99, "of the contrast", True, 0.99),
+        Operation("color", "pointwise", 0.9, 0.99, "of the colour", True, 0.99),
+        Operation("brightness", "pointwise", 0.9, 0.99, "of the brightness", True, 0.99),
+        Operation("sharpness", "neighbourhood", 0.9, 0.99, "of the sharpness", True, 0.99),
+        Operation("gamma", "pointwise", 0.5, 0.9, "of the exponent", True, None),
+        Operation("noise", "pointwise", 0.1, 0.5, "of the range (standard deviation)", False, None),
+        Operation("blur", "neighbourhood", 2.0, 10.0, "pixels (standard deviation)", False, None),
+        Operation("cutout", "pointwise", 0.2, 1.0, "of the width", False, None),
+        Operation("sample_pairing", "batch", 0.4, 1.0, "of another image", False, None),
     )
-    every_piece = padded.as_strided((padded.numel() - length + 1, length), (1, 1))
-    chosen = every_piece.index_select(0, pieces.view(-1))
-    if channels_last:
-        return chosen.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return chosen.view(batch, channels, height, width)
+}
+
+#: What ``base_augment`` of a data module does: not searched, since it is there already.
+BASE = ("crop", "horizontal_flip")
+
+
+def operation(name: str) -> Operation:
+    """The operation of this name.
+
+    Raises:
+        UserError: If there is none; the closest one is named.
+    """
+    if name not in OPS:
+        close = get_close_matches(name, OPS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown image operation {name!r}; {hint}known: {', '.join(OPS)}")
+    return OPS[name]

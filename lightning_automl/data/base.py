@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_automl.augment.ops import random_crop, random_crop_flip
+from lightning_automl.augment.crops import random_crop, random_crop_flip
 from lightning_automl.data.cache import ImageCache, progress, readable_size
 from lightning_automl.data.measure import Facts, facts_type, find_leaks, mean_and_std, measure, measure_window
 from lightning_automl.data.samplers import EvalSampler, OverfitSampler, TrainSampler, mix
@@ -167,7 +167,7 @@ class ImageDataModule(LightningDataModule, ABC):
         train_policy: nn.Module | Callable[[Tensor], Any] | None = None,
         fold: int | None = None,
         folds: int = 5,
-        without_folds: Sequence[int] = (),
+        without_folds: Sequence[int] | None = None,
         subset: float | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
@@ -203,7 +203,7 @@ class ImageDataModule(LightningDataModule, ABC):
             contents.groups,
             fold=fold,
             folds=folds,
-            without_folds=without_folds,
+            without_folds=without_folds or (),
             subset=subset,
             val_fraction=val_fraction,
             test_fraction=test_fraction,

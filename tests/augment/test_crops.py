@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_automl import augment
-from lightning_automl.augment import ops
-from lightning_automl.augment.ops import normalize, random_crop, random_crop_flip, random_flip
+from lightning_automl.augment import crops
+from lightning_automl.augment.crops import normalize, random_crop, random_crop_flip, random_flip
 
 PADDING = 2
 #: Every operation that the package exports, called with the images alone.
@@ -23,7 +23,7 @@ WAYS = {"all at once": 2**40, "one by one": 0}
 @pytest.fixture(autouse=True, params=WAYS)
 def way(request, monkeypatch):
     """Both ways to copy windows, whatever the size of the images."""
-    monkeypatch.setattr(ops, "_LARGE", WAYS[request.param])
+    monkeypatch.setattr(crops, "_LARGE", WAYS[request.param])
 
 
 def batch(dtype=torch.uint8, channels=3, size=(6, 5), images=64):
@@ -122,7 +122,7 @@ def test_both_ways_give_the_same_for_the_same_seed(name, size, memory_format, mo
     images = batch(size=size).contiguous(memory_format=memory_format)
     found = []
     for limit in WAYS.values():
-        monkeypatch.setattr(ops, "_LARGE", limit)
+        monkeypatch.setattr(crops, "_LARGE", limit)
         torch.manual_seed(3)
         found.append(OPERATIONS[name](images))
     assert torch.equal(*found)
