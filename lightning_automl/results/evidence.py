@@ -99,22 +99,30 @@ class Evidence:
             return "The images cannot be shown, since the data have changed since the run."
         return data
 
-    def thumbnails(self, rows: NDArray[np.int64], captions: Sequence[str]) -> Gallery | Text:
-        """Images of these rows of the data module's index, or a text why there are none."""
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8] | str:
+        """8-bit images ``(rows, channels, height, width)`` of these rows, or a sentence why there are none."""
         if isinstance(self.data, str):
-            return Text(self.data)
+            return self.data
         try:
-            images = self.data.read(np.asarray(rows))
+            images: NDArray[Any] = self.data.read(np.asarray(rows))
         except Exception as error:
-            return Text(f"The images cannot be shown: {error}")
+            return f"The images cannot be shown: {error}"
         if images.dtype != np.uint8:
             window = self.run.data.get("window")
             if window is None:
-                return Text("The images cannot be shown: the run does not say how they become 8 bits.")
+                return "The images cannot be shown: the run does not say how they become 8 bits."
             images = windowed(images, np.asarray(window))
-        return Gallery(
-            [(_address(image), caption, _is_small(image)) for image, caption in zip(images, captions, strict=True)]
-        )
+        return images
+
+    def thumbnails(self, rows: NDArray[np.int64], captions: Sequence[str]) -> Gallery | Text:
+        """Images of these rows of the data module's index, or a text why there are none."""
+        images = self.images(rows)
+        return Text(images) if isinstance(images, str) else gallery(list(zip(images, captions, strict=True)))
+
+
+def gallery(images: Sequence[tuple[NDArray[np.uint8], str]]) -> Gallery:
+    """Images ``(channels, height, width)`` with their captions, for a page."""
+    return Gallery([(_address(image), caption, _is_small(image)) for image, caption in images])
 
 
 def split_name(split: str) -> str:

@@ -114,9 +114,10 @@ def _config(directory: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; give the --dir of a fit") from error
-    if isinstance(config, dict) and "space" in config and "model" not in config:
+    if isinstance(config, dict) and ("space" in config or "method" in config) and "model" not in config:
+        part = "trials/0000" if "space" in config else "folds/0"
         raise UserError(
-            f"{directory} is the directory of a search; give that of a run, as {directory}/trials/0000, or the --dir "
+            f"{directory} is the directory of a search; give that of a run, as {directory}/{part}, or the --dir "
             f"of fit --config {directory}/best.yaml"
         )
     if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
@@ -133,6 +134,9 @@ def open_data(run: Run) -> Any:
     import jsonargparse
     from lightning.pytorch import LightningDataModule
 
+    from lightning_automl.data.policies import policy_kept_in
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    return parser.instantiate(parser.parse_object({"data": run.config["data"]})).data
+    with policy_kept_in(run.directory):
+        return parser.instantiate(parser.parse_object({"data": run.config["data"]})).data

@@ -8,6 +8,7 @@ from lightning_automl.results.sections.adapters import adapters
 from lightning_automl.results.sections.compression import compression
 from lightning_automl.results.sections.data import data
 from lightning_automl.results.sections.images import least_sure, most_wrong
+from lightning_automl.results.sections.policy import augmentation
 from lightning_automl.results.sections.predictions import calibration, confusion, recall, scores
 from lightning_automl.results.sections.provenance import commands, versions
 from lightning_automl.results.sections.training import configuration, cost, curves
@@ -25,6 +26,7 @@ SECTIONS: list[Callable[[Evidence], Section | None]] = [
     most_wrong,
     least_sure,
     data,
+    augmentation,
     curves,
     adapters,
     configuration,
