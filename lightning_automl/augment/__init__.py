@@ -2,6 +2,7 @@
 
 from lightning_automl.augment.crops import normalize, random_crop, random_crop_flip, random_flip
 from lightning_automl.augment.engine import ImageTypeError, Plan, apply, apply_operation
+from lightning_automl.augment.exchange import from_timm, from_torchvision, to_timm, to_torchvision
 from lightning_automl.augment.ops import BASE, OPS, Operation
 from lightning_automl.augment.policy import (
     Identity,
@@ -17,6 +18,7 @@ from lightning_automl.augment.policy import (
 from lightning_automl.augment.published import AutoAugment
 from lightning_automl.augment.random_policies import RandAugment, TrivialAugment
 from lightning_automl.augment.spaces import SPACES, OperationSpace, load_space
+from lightning_automl.augment.timm_augment import TimmAugment
 
 __all__ = [
     "BASE",
@@ -32,10 +34,13 @@ __all__ = [
     "Policy",
     "RandAugment",
     "Step",
+    "TimmAugment",
     "TrivialAugment",
     "apply",
     "apply_operation",
     "check_space",
+    "from_timm",
+    "from_torchvision",
     "load_policy",
     "load_space",
     "normalize",
@@ -45,4 +50,6 @@ __all__ = [
     "random_crop_flip",
     "random_flip",
     "save_policy",
+    "to_timm",
+    "to_torchvision",
 ]

@@ -96,8 +96,8 @@ _TABLES = {
 }
 
 
-def published(name: str) -> list[list[Step]]:
-    """The 25 sub-policies found on a data set, magnitudes in AutoAugment's ranges.
+def numbers(name: str) -> list[list[tuple[str, float, int]]]:
+    """The 25 sub-policies found on a data set: operation, probability, number of the magnitude in [0, 9].
 
     Args:
         name: ``cifar10``, ``svhn`` or ``imagenet``.
@@ -110,10 +110,10 @@ def published(name: str) -> list[list[Step]]:
     return [[_read(step) for step in line.split(",")] for line in _TABLES[name].strip().splitlines()]
 
 
-def _read(text: str) -> Step:
+def _read(text: str) -> tuple[str, float, int]:
     operation, probability, number = text.split()
     assert (number == "-") == (OPS[operation].strongest is None)
-    return Step(operation, float(probability), 0.0 if number == "-" else int(number) / 9)
+    return operation, float(probability), 0 if number == "-" else int(number)
 
 
 class AutoAugment(Policy):
@@ -139,7 +139,12 @@ class AutoAugment(Policy):
         interpolation: Literal["nearest", "bilinear"] = "nearest",
         fill: float | list[float] | None = None,
     ) -> None:
-        super().__init__(published(name), None, interpolation, fill)
+        super().__init__(
+            [[Step(step, probability, number / 9) for step, probability, number in steps] for steps in numbers(name)],
+            None,
+            interpolation,
+            fill,
+        )
         self.name = name
         if space is not None:
             check_space(self, space)
