@@ -28,6 +28,8 @@ import lightning_automl.losses
 import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter, TrialPruning
+from lightning_automl.callbacks.records import policy_record
+from lightning_automl.data.policies import policy_kept_in
 from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
 from lightning_automl.models.weights import without_loading
@@ -223,10 +225,14 @@ class AutoMLCLI(LightningCLI):
         """Build the parts; a value that one of them refuses is the user's mistake."""
         if self.finished_before:
             return
-        # A checkpoint brings all weights: those that the training began with may be gone by now.
+        # A checkpoint brings all weights: those that the training began with may be gone by now, as may its policy.
         trained = self.subcommand != "fit" or self._goes_on()
         try:
-            with without_loading() if trained else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if trained:
+                    stack.enter_context(without_loading())
+                if trained and self.directory is not None:
+                    stack.enter_context(policy_kept_in(self.directory))
                 super().instantiate_classes()
             load_base = getattr(self.model, "load_base", None)
             if trained and load_base is not None:  # of a task whose checkpoints lack what it has frozen
@@ -290,6 +296,13 @@ class AutoMLCLI(LightningCLI):
         Other data on purpose (``test --data.init_args.path``) are another configuration and are let through.
         """
         data: Any = self.datamodule
+        if self.subcommand == "fit" and self._goes_on():
+            kept, policy = read_json(directory / "policy.json"), policy_record(data)
+            if None not in (kept, policy) and kept != policy:
+                raise UserError(
+                    f"train_policy is not the policy that {directory} was started with, which its policy.json holds; "
+                    "restore the former one, or start anew in another --dir"
+                )
         known = (read_json(directory / "data.json") or {}).get("index")
         if known is None or not hasattr(data, "contents") or (self.subcommand == "fit" and not self._goes_on()):
             return

@@ -1,5 +1,6 @@
 """What a run directory keeps of its data and of its predictions, so that both can be had without the data later."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_automl.rundir import index_digest, replacing, write_json
+from lightning_automl.augment.policy import ImagePolicy, policy_to_dict
+from lightning_automl.rundir import UserError, index_digest, replacing, write_json
 
 _MOST_LEAKS = 20
 
@@ -50,6 +52,18 @@ def write_data_record(path: Path, data: Any) -> None:
     if hasattr(data, "leaks"):
         record |= {"leaks": [list(pair) for pair in data.leaks[:_MOST_LEAKS]], "leak_count": len(data.leaks)}
     write_json(path, record)
+
+
+def policy_record(data: Any) -> dict[str, Any] | None:
+    """What ``policy.json`` keeps of the policy that a data module trains with; None if no file can hold it."""
+    policy = getattr(data, "train_policy", None)
+    if not isinstance(policy, ImagePolicy):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(json.dumps(policy_to_dict(policy)))  # as it is read back
+        return record
+    except UserError:  # a class of the user's own, which the config names
+        return None
 
 
 def split_digest(data: Any, split: str) -> str:

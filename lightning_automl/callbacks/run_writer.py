@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_automl.callbacks.records import write_data_record, write_predictions
-from lightning_automl.rundir import UserError, replacing, write_text
+from lightning_automl.callbacks.records import policy_record, write_data_record, write_predictions
+from lightning_automl.rundir import UserError, replacing, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,10 @@ class RunWriter(Checkpoint):
     epoch (a hard link, so that it costs nothing); of equal epochs, which a small validation split has often, it is the
     latest. The rows of ``metrics.csv`` are a part of the checkpoint, so that a continued run has each epoch once.
     ``predictions_val.safetensors`` are those of the best epoch, ``predictions_test.safetensors`` those of a test, and
-    ``data.json`` what the run knows of its images. Of a task that trains a part of its network only, the frozen rest is
-    kept once in ``checkpoints/base.safetensors`` (its method ``save_base``), and the adapter of the best epoch follows
-    at the end in ``adapter`` (``save_adapter``). ``curves.png`` and ``confusion_<split>.png`` follow at the end.
+    ``data.json`` what the run knows of its images and ``policy.json`` the image policy that it is trained with. Of a
+    task that trains a part of its network only, the frozen rest is kept once in ``checkpoints/base.safetensors`` (its
+    method ``save_base``), and the adapter of the best epoch follows at the end in ``adapter`` (``save_adapter``).
+    ``curves.png`` and ``confusion_<split>.png`` follow at the end.
 
     Args:
         directory: The run directory.
@@ -120,7 +121,13 @@ class RunWriter(Checkpoint):
         Here and not when training starts, which it does not when the last epoch was done.
         """
         if trainer.is_global_zero:
-            write_data_record(self.directory / "data.json", trainer.datamodule)  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            write_data_record(self.directory / "data.json", data)
+            policy = policy_record(data)
+            if policy is not None:
+                write_json(self.directory / "policy.json", policy)
+            elif not self.last_checkpoint.exists():
+                (self.directory / "policy.json").unlink(missing_ok=True)  # of a first command that was corrected
             if self._is_best and self.last_checkpoint.exists():
                 _link(self.last_checkpoint, self.best_checkpoint)
             if self.rows:

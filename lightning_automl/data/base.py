@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_automl.augment.crops import random_crop, random_crop_flip
+from lightning_automl.augment.policy import ImagePolicy
 from lightning_automl.data.cache import ImageCache, progress, readable_size
 from lightning_automl.data.measure import Facts, facts_type, find_leaks, mean_and_std, measure, measure_window
+from lightning_automl.data.policies import base_padding, check_images, find_policy
 from lightning_automl.data.samplers import EvalSampler, OverfitSampler, TrainSampler, mix
 from lightning_automl.data.splits import make_splits
 from lightning_automl.image_files import windowed
@@ -129,8 +131,10 @@ class ImageDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Images a process takes in one step; ``auto`` starts at 128, and whoever tries batch sizes sets
             ``device_batch_size`` before the loaders are made.
-        base_augment: Random shift by up to an eighth of the image with zeros from outside, and mirroring left to right.
-        train_policy: Maps uint8 ``(batch, channels, height, width)`` to the same; applied after ``base_augment``.
+        base_augment: Random shift by up to an eighth of the image with zeros from outside, and mirroring left to right;
+            within the operation space of ``train_policy``, if that has one.
+        train_policy: Applied in training after ``base_augment``: an image policy, the path of a ``policy.json``, or
+            anything else that maps uint8 ``(batch, channels, height, width)`` to the same.
         fold: Number of the fold, in [0, folds), that is the val split; train and val together are cut into ``folds``.
         folds: Number of folds.
         without_folds: Numbers of folds whose images are in no split, kept apart for another use, such as the comparison
@@ -164,7 +168,8 @@ class ImageDataModule(LightningDataModule, ABC):
         *,
         batch_size: int | Literal["auto"] = 128,
         base_augment: Literal["none", "crop", "crop_flip"] = "none",
-        train_policy: nn.Module | Callable[[Tensor], Any] | None = None,
+        # in this order: jsonargparse takes the first that fits, and as a text every class and function would do
+        train_policy: ImagePolicy | nn.Module | Callable[[Tensor], Any] | str | None = None,
         fold: int | None = None,
         folds: int = 5,
         without_folds: Sequence[int] | None = None,
@@ -185,7 +190,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.device_batch_size = 128 if batch_size == "auto" else batch_size
         self.base_augment = base_augment
-        self.train_policy = train_policy
+        self.train_policy = find_policy(train_policy)
         self.sampling = sampling
         self.predict_split = predict_split
 
@@ -196,6 +201,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_classes = len(self.class_names)
         self.channels = contents.channels
         self.image_size = contents.image_size
+        self._padding = base_padding(base_augment, self.train_policy, self.image_size)
+        check_images(self.train_policy, self.channels, self.image_size)
         self.split_rows = make_splits(
             contents.labels,
             self.class_names,
@@ -400,11 +407,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def augment(self, images: Tensor) -> Tensor:
         """What training does to uint8 images ``(batch, channels, height, width)``."""
-        padding = max(1, min(self.image_size) // 8)
         if self.base_augment == "crop":
-            images = random_crop(images, padding)
+            images = random_crop(images, self._padding)
         elif self.base_augment == "crop_flip":
-            images = random_crop_flip(images, padding)
+            images = random_crop_flip(images, self._padding)
         if self.train_policy is not None:
             images = self.train_policy(images)
         return images
