@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,10 +15,23 @@ from lightning_automl.augment.ops import OPS, operation
 from lightning_automl.rundir import UserError
 
 _NAMES = tuple(OPS)
-_PLACE = {name: place for place, name in enumerate(_NAMES)}
-_IDENTITY = _PLACE["identity"]
-_GEOMETRIC = np.array([OPS[name].kind == "geometric" for name in _NAMES])
+_IDENTITY = _NAMES.index("identity")
+_QUARTER_TURN = _NAMES.index("quarter_turn")
+_COLOR = _NAMES.index("color")
 _HAS_STRENGTH = np.array([OPS[name].strongest is not None for name in _NAMES])
+
+# Operations in the order in which a round does them: nothing, tables, filters, pairing, and all that moves pixels.
+_RANKED = (
+    "identity",
+    *pixels.POINTWISE,
+    *pixels.FILTERS,
+    "sample_pairing",
+    *(name for name in _NAMES if OPS[name].kind == "geometric"),
+)
+_RANK = np.array([_RANKED.index(name) for name in _NAMES])
+_FIRST_FILTER = 1 + len(pixels.POINTWISE)
+_FIRST_GEOMETRIC = _RANKED.index("sample_pairing") + 1
+_ELASTIC = _RANKED.index("elastic")
 
 
 class ImageTypeError(UserError, TypeError):
@@ -86,44 +100,33 @@ def apply(
     Raises:
         UserError: If the shape, the range or the fill does not fit; of a wrong dtype it is an :class:`ImageTypeError`.
     """
+    _check_images(images)
     if images.ndim == 3:
         return apply(images[None], plan, interpolation=interpolation, fill=fill)[0]
-    _check(images, plan)
+    _check(images, plan, interpolation)
     filling = _filling(images, fill)
-    operations, strengths, seeds = _compact(plan, images.shape[1])
-    if operations.shape[1] == 0 or images.numel() == 0:
+    steps = _steps(plan, images.shape[1])
+    if steps.ranks.shape[1] == 1 or images.numel() == 0:
         return images.clone()
-    result = images.clone()
-    count = len(images)
-    position = np.zeros(count, dtype=np.int64)
-    padded = np.concatenate([operations, np.full((count, 1), _IDENTITY)], axis=1)
-    while True:
-        heads = padded[np.arange(count), position]
-        waiting = np.unique(heads[heads != _IDENTITY])
-        if not len(waiting):
-            return result
-        for place in waiting:
-            name = _NAMES[place]
-            if _GEOMETRIC[place]:
-                continue
-            rows = np.flatnonzero(heads == place)
-            here = position[rows]
-            chosen = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            part = result.index_select(0, chosen)
-            drawn = torch.from_numpy(seeds[rows, here]).to(images.device, non_blocking=True)
-            if name == "sample_pairing":
-                changed = _paired(part, images, rows, strengths[rows, here], seeds[rows, here])
-            else:
-                changed = _formula(name, part, strengths[rows, here], drawn)
-            result.index_copy_(0, chosen, changed)
-            position[rows] += 1
-        rows = np.flatnonzero(_GEOMETRIC[heads])
-        if len(rows):
-            chosen = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            moved = _moved(
-                result.index_select(0, chosen), rows, position, padded, strengths, seeds, filling, interpolation
-            )
-            result.index_copy_(0, chosen, moved)
+    # Each round does the next operation of every image. Before it, images that need the same are moved next to each
+    # other, so that the round works in place on views of one tensor; `rows` says where in the batch each one belongs.
+    batch, rows, position = images, np.arange(len(images)), np.zeros(len(images), dtype=np.int64)
+    heads = steps.ranks[:, 0]
+    while heads.any():
+        order = np.argsort(heads, kind="stable")
+        batch, rows, position, heads = _chosen(batch, order), rows[order], position[order], heads[order]
+        ends = np.searchsorted(heads, np.arange(len(_RANKED) + 1)).tolist()
+        runs = [_Run(name, ends[rank], ends[rank + 1]) for rank, name in enumerate(_RANKED)]
+        runs = [run for run in runs[1:] if run.first < run.last]
+        strengths, seeds = steps.strengths[rows, position], steps.seeds[rows, position]
+        _change(batch, images, [run for run in runs if run.first < ends[_FIRST_GEOMETRIC]], rows, strengths, seeds)
+        position[ends[1] : ends[_FIRST_GEOMETRIC]] += 1
+        if ends[_FIRST_GEOMETRIC] < len(batch):
+            some = slice(ends[_FIRST_GEOMETRIC], None)
+            route = _route(rows[some], position[some], steps, images.shape[2], images.shape[3])
+            batch[some] = _moved(batch[some], route, filling, interpolation)
+        heads = steps.ranks[rows, position]
+    return _chosen(batch, np.argsort(rows), like=images)
 
 
 def apply_operation(
@@ -151,23 +154,33 @@ def apply_operation(
         RuntimeError: If the generator is not on the CPU.
     """
     known = operation(name)
+    _check_images(images)
     count = 1 if images.ndim == 3 else len(images)
-    strengths = torch.as_tensor(strength, dtype=torch.float64).cpu().expand(count)
+    strengths = torch.as_tensor(strength, dtype=torch.float64).cpu()
+    if strengths.ndim > 1 or strengths.numel() not in (1, count):
+        raise UserError(f"there are {strengths.numel()} strengths and {count} images; give one, or one an image")
+    strengths = strengths.expand(count)
     if not bool(strengths.isfinite().all()) or (not known.signed and bool((strengths < 0).any())):
         raise UserError(f"the strength of {name} is {strength}; give {'a number' if known.signed else '0 or more'}")
-    operations = torch.full((count, 1), _PLACE[name])
+    operations = torch.full((count, 1), _NAMES.index(name))
     plan = Plan.draw(operations, strengths[:, None], generator)
     return apply(images, plan, interpolation=interpolation, fill=fill)
 
 
-def _check(images: Tensor, plan: Plan) -> None:
-    if images.ndim != 4:
+def _check_images(images: Tensor) -> None:
+    if images.ndim not in (3, 4):
         raise UserError(
             f"images have the shape {tuple(images.shape)}; operations take (batch, channels, height, width), or one "
             "image (channels, height, width)"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ImageTypeError(f"images are {images.dtype}; operations take uint8, or float in [0, 1]")
+
+
+def _check(images: Tensor, plan: Plan, interpolation: str) -> None:
+    if interpolation not in get_args(Interpolation):
+        known = " or ".join(get_args(Interpolation))
+        raise UserError(f"interpolation is {interpolation!r}; give {known}")
     if len(plan) != len(images):
         raise UserError(f"the plan is for {len(plan)} images and there are {len(images)}; draw one for this batch")
     # on another device the check would wait for it
@@ -175,8 +188,7 @@ def _check(images: Tensor, plan: Plan) -> None:
         low, high = (float(value) for value in images.aminmax())
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise UserError(f"float images are in [{low:.4g}, {high:.4g}]; operations take values in [0, 1]")
-    turns = (plan.operations == _PLACE["quarter_turn"]).any()
-    if images.shape[2] != images.shape[3] and bool(turns):
+    if images.shape[2] != images.shape[3] and bool((plan.operations == _QUARTER_TURN).any()):
         raise UserError(
             f"quarter_turn needs square images and these have {images.shape[2]} x {images.shape[3]} pixels; "
             "leave it out or use rotate"
@@ -194,97 +206,172 @@ def _filling(images: Tensor, fill: float | Sequence[float] | None) -> Tensor:
     return torch.tensor(values).to(images.dtype).expand(channels).to(images.device, non_blocking=True)
 
 
-def _compact(plan: Plan, channels: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """The plan as arrays, with what changes nothing at the end of each row."""
+class _Run(NamedTuple):
+    """Images that get the same operation now: ``first`` to ``last``, exclusive."""
+
+    name: str
+    first: int
+    last: int
+
+
+class _Steps(NamedTuple):
+    """A plan without what changes nothing: places in ``_RANKED`` ``(images, length + 1)``, with 0 after the last."""
+
+    ranks: NDArray[np.int64]
+    strengths: NDArray[np.float64]
+    seeds: NDArray[np.int64]
+
+
+def _steps(plan: Plan, channels: int) -> _Steps:
     operations, seeds = plan.operations.numpy(), plan.seeds.numpy()
     strengths = plan.strengths.double().numpy()
-    nothing = (_HAS_STRENGTH[operations] & (strengths == 0)) | (operations == _IDENTITY)
+    nothing = (operations == _IDENTITY) | (_HAS_STRENGTH[operations] & (strengths == 0))
     if channels != 3:
-        nothing |= operations == _PLACE["color"]
-    operations = np.where(nothing, _IDENTITY, operations)
-    order = np.argsort(nothing, axis=1, kind="stable")
+        nothing |= operations == _COLOR
+    ranks = np.where(nothing, 0, _RANK[operations])
     length = int((~nothing).sum(1).max(initial=0))
-    operations, strengths, seeds = (
-        np.take_along_axis(array, order, axis=1)[:, :length] for array in (operations, strengths, seeds)
-    )
-    return operations, strengths, seeds
+    if operations.shape[1] > 1:
+        order = np.argsort(nothing, axis=1, kind="stable")
+        ranks, strengths, seeds = (np.take_along_axis(array, order, axis=1) for array in (ranks, strengths, seeds))
+    end = np.zeros((len(ranks), 1), dtype=np.int64)
+    return _Steps(*(np.concatenate([array[:, :length], end], axis=1) for array in (ranks, strengths, seeds)))
 
 
-def _formula(name: str, images: Tensor, strengths: NDArray[np.float64], seeds: Tensor) -> Tensor:
-    levels = images.float() if images.dtype == torch.uint8 else images.float() * 255
-    levels = pixels.FORMULAS[name](levels, strengths, seeds).clamp(0, 255)
-    if images.dtype != torch.uint8:
-        return (levels / 255).to(images.dtype)
-    return (levels + 0.5 if name in pixels.ROUNDED else levels).to(torch.uint8)
+def _on(device: torch.device, numbers: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
+    # these are a few kilobytes: the copy is queued, and nothing waits for the device
+    return torch.from_numpy(numbers).to(dtype).to(device, non_blocking=True)
 
 
-def _paired(
-    images: Tensor,
+def _chosen(images: Tensor, places: NDArray[np.int64], like: Tensor | None = None) -> Tensor:
+    """The images of these places, with a plane a channel, or in the memory format of ``like``."""
+    index = _on(images.device, places)
+    if _is_channels_last(images):  # whole images are copied at once
+        return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2).contiguous()
+    images = images.index_select(0, index)
+    if like is None or not _is_channels_last(like):
+        return images
+    return torch.stack(images.unbind(1), -1).permute(0, 3, 1, 2)  # twice as fast as `contiguous(memory_format=…)`
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def _change(
+    batch: Tensor,
     originals: Tensor,
+    runs: list[_Run],
     rows: NDArray[np.int64],
     strengths: NDArray[np.float64],
     seeds: NDArray[np.int64],
-) -> Tensor:
-    """Blend with the image, as it came in, of another row of the batch."""
-    count = len(originals)
-    partners = (rows + 1 + seeds % max(1, count - 1)) % count
-    others = originals.index_select(0, torch.from_numpy(partners).to(originals.device, non_blocking=True)).float()
-    weights = torch.from_numpy(strengths).float().to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-    blended = images.float() + weights * (others - images.float())
-    return blended.clamp(0, 255 if images.dtype == torch.uint8 else 1).to(images.dtype)
+) -> None:
+    """Do, in place, the operations that move no pixel."""
+    if not runs:
+        return
+    values = np.empty(runs[-1].last, dtype=np.float32)
+    for name, first, last in runs:
+        values[first:last] = pixels.amounts(name, strengths[first:last])
+    amounts = _on(batch.device, values).view(-1, 1, 1)
+    tables = [run for run in runs if run.name in pixels.POINTWISE and (batch.dtype == torch.uint8)]
+    if tables:
+        start = tables[0].first
+        some = slice(start, tables[-1].last)
+        _look_up(batch[some], [_Run(run.name, run.first - start, run.last - start) for run in tables], amounts[some])
+    for name, first, last in runs[len(tables) :]:
+        part, amount = batch[first:last], amounts[first:last]
+        if name in pixels.EIGHT_BITS:
+            levels = _bytes(part.float().mul_(255).add_(0.5).clamp_(0, 255))
+            _look_up(levels, [_Run(name, 0, last - first)], amount)
+            part.copy_(levels.float().div_(255))
+        elif name in pixels.POINTWISE:
+            levels = _levels(part)
+            statistic = pixels.STATISTICS[name](levels) if name in pixels.STATISTICS else levels
+            _store(part, pixels.POINTWISE[name](levels.flatten(2), amount, statistic).view(part.shape), name)
+        elif name == "sample_pairing":
+            partners = (rows[first:last] + 1 + seeds[first:last] % max(1, len(batch) - 1)) % len(batch)
+            levels, others = _levels(part), _levels(_chosen(originals, partners))
+            _store(part, others.sub_(levels).mul_(amount.unsqueeze(1)).add_(levels), name)
+        else:
+            drawn = _on(batch.device, seeds[first:last])
+            _store(part, pixels.FILTERS[name](_levels(part), amount.unsqueeze(1), drawn), name)
 
 
-def _moved(
-    images: Tensor,
-    rows: NDArray[np.int64],
-    position: NDArray[np.int64],
-    operations: NDArray[np.int64],
-    strengths: NDArray[np.float64],
-    seeds: NDArray[np.int64],
-    filling: Tensor,
-    interpolation: Interpolation,
-) -> Tensor:
-    """Do the geometric operations that come next for each image, up to the first that is not, in one resampling."""
-    height, width = images.shape[2:]
-    identity = np.eye(3)
-    # place in the image = matrices @ place in the result; with an elastic deformation, after @ (displaced by it, at
-    # before @ place)
-    matrices = np.tile(identity, (len(rows), 1, 1))
-    outer = matrices.copy()
-    deformed = np.zeros(len(rows), dtype=bool)
-    amounts, fields = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    active = np.ones(len(rows), dtype=bool)
+def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
+    """Replace, in place, the levels of uint8 images by those in tables made by the formulas."""
+    count, channels = images.shape[:2]
+    levels = torch.arange(256, dtype=torch.float32, device=images.device).view(1, 1, -1)
+    tables = torch.empty(count, channels, 256, device=images.device)
+    for name, first, last in runs:
+        some = slice(first, last)
+        statistic = pixels.STATISTICS[name](images[some]) if name in pixels.STATISTICS else levels
+        tables[some] = pixels.POINTWISE[name](levels, amounts[some], statistic)
+        if name in pixels.ROUNDED:
+            tables[some] += 0.5
+    values = images.flatten(2)
+    torch.gather(_bytes(tables.clamp_(0, 255)), 2, values.long(), out=values)
+
+
+def _levels(images: Tensor) -> Tensor:
+    return images.float() if images.dtype == torch.uint8 else images.float().mul_(255)
+
+
+def _store(part: Tensor, levels: Tensor, name: str) -> None:
+    if part.dtype != torch.uint8:
+        part.copy_(levels.div_(255).clamp_(0, 1))
+        return
+    part.copy_(_bytes((levels.add_(0.5) if name in pixels.ROUNDED else levels).clamp_(0, 255)))
+
+
+def _bytes(levels: Tensor) -> Tensor:
+    return levels.short().to(torch.uint8)  # three times as fast as directly, which is not vectorised (torch 2.14)
+
+
+class _Route(NamedTuple):
+    """How the result's places become places of the images: ``outer @ displaced(inner @ place)``.
+
+    ``outer`` is the whole route of images that are not deformed.
+    """
+
+    outer: NDArray[np.float64]
+    inner: NDArray[np.float64]
+    amounts: NDArray[np.float64]
+    seeds: NDArray[np.int64]
+
+
+def _route(rows: NDArray[np.int64], position: NDArray[np.int64], steps: _Steps, height: int, width: int) -> _Route:
+    """Compose the geometric operations that come next for each image, up to the first that is not; moves positions."""
+    count = len(rows)
+    inner = np.tile(np.eye(3), (count, 1, 1))
+    route = _Route(inner.copy(), inner, np.zeros(count), np.zeros(count, dtype=np.int64))
+    deformed, active = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
     while True:
-        heads = operations[rows, position[rows]]
-        again = (heads == _PLACE["elastic"]) & deformed
-        active &= _GEOMETRIC[heads] & ~again
+        heads = steps.ranks[rows, position]
+        active &= (heads >= _FIRST_GEOMETRIC) & ~((heads == _ELASTIC) & deformed)
         if not active.any():
-            break
-        for place in np.unique(heads[active]):
-            here = np.flatnonzero(active & (heads == place))
-            of = rows[here], position[rows[here]]
-            if _NAMES[place] == "elastic":
+            return route
+        for rank in np.unique(heads[active]):
+            here = np.flatnonzero(active & (heads == rank))
+            of = rows[here], position[here]
+            if rank == _ELASTIC:
                 deformed[here] = True
-                amounts[here], fields[here] = strengths[of], seeds[of]
-                outer[here], matrices[here] = matrices[here], identity
+                route.amounts[here], route.seeds[here] = steps.strengths[of], steps.seeds[of]
                 continue
-            drawn = torch.from_numpy(seeds[of])
-            matrices[here] = matrices[here] @ geometry.affine_matrices(
-                _NAMES[place], strengths[of], drawn, height, width
-            )
-        position[rows[active]] += 1
-    result = torch.empty_like(images)
-    for some, plain in ((np.flatnonzero(~deformed), True), (np.flatnonzero(deformed), False)):
-        if not len(some):
-            continue
-        chosen = torch.from_numpy(some).to(images.device, non_blocking=True)
-        part = images.index_select(0, chosen)
-        if plain:
-            result.index_copy_(0, chosen, geometry.resample(part, matrices[some], filling, interpolation))
-            continue
-        drawn = torch.from_numpy(fields[some]).to(images.device, non_blocking=True)
-        field = geometry.displacements(amounts[some], drawn, height, width)
-        places = geometry.moved(matrices[some], geometry.centres(height, width, images.device)[None])
+            drawn = torch.from_numpy(steps.seeds[of])
+            matrices = geometry.affine_matrices(_RANKED[rank], steps.strengths[of], drawn, height, width)
+            for target, chosen in ((route.inner, deformed[here]), (route.outer, ~deformed[here])):
+                target[here[chosen]] = target[here[chosen]] @ matrices[chosen]
+        position[active] += 1
+
+
+def _moved(images: Tensor, route: _Route, filling: Tensor, interpolation: Interpolation) -> Tensor:
+    height, width = images.shape[2:]
+    deformed = np.flatnonzero(route.amounts > 0)
+    result = geometry.resample(images, route.outer, filling, interpolation)
+    if len(deformed):
+        drawn = _on(images.device, route.seeds[deformed])
+        field = geometry.displacements(route.amounts[deformed], drawn, height, width)
+        places = geometry.moved(route.inner[deformed], geometry.centres(height, width, images.device)[None])
         places = places + geometry.at(field, places)
-        result.index_copy_(0, chosen, geometry.resample(part, outer[some], filling, interpolation, places))
+        part = geometry.resample(_chosen(images, deformed), route.outer[deformed], filling, interpolation, places)
+        result.index_copy_(0, _on(images.device, deformed), part)
     return result

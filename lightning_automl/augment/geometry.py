@@ -128,13 +128,17 @@ def displacements(strengths: Matrices, seeds: Tensor, height: int, width: int) -
     fields = fields * (alpha / largest).view(-1, 1, 1, 1)
     if height < 2 or width < 2:
         return fields
-    # The determinant at scale t is 1 + b t + c t^2; its first root is the inverse of the larger root of s^2 + b s + c.
-    right = fields[:, :, :-1, 1:] - fields[:, :, :-1, :-1]
-    down = fields[:, :, 1:, :-1] - fields[:, :, :-1, :-1]
-    b = right[:, 0] + down[:, 1]
-    c = right[:, 0] * down[:, 1] - right[:, 1] * down[:, 0]
-    discriminant = b.square() - 4 * c
-    steepest = torch.where(discriminant < 0, 0, (discriminant.clamp(min=0).sqrt() - b) / 2).flatten(1).amax(1)
+    # Between four pixels the determinant is largest or smallest at one of them. At scale t it is 1 + b t + c t^2 there,
+    # and its first root is the inverse of the larger root of s^2 + b s + c.
+    right, down = fields.diff(dim=3), fields.diff(dim=2)
+    steepest = torch.zeros(len(fields), device=fields.device)
+    for above in (right[:, :, :-1], right[:, :, 1:]):
+        for beside in (down[..., :-1], down[..., 1:]):
+            b = above[:, 0] + beside[:, 1]
+            c = above[:, 0] * beside[:, 1] - above[:, 1] * beside[:, 0]
+            discriminant = b.square() - 4 * c
+            roots = torch.where(discriminant < 0, 0, (discriminant.clamp(min=0).sqrt() - b) / 2)
+            steepest = torch.maximum(steepest, roots.flatten(1).amax(1))
     scale = (0.9 / steepest.clamp(min=1e-12)).clamp(max=1)
     return fields * scale.view(-1, 1, 1, 1)
 
@@ -162,30 +166,46 @@ def resample(
     height, width = images.shape[2:]
     device = images.device
     if displaced is None and interpolation == "nearest":
-        # PIL's affine_fixed (src/libImaging/Geometry.c): 16 bits after the point, the place of the first pixel's
-        # centre first.
-        a = matrices[:, :2]
-        a = np.concatenate([a[:, :, :2], a[:, :, 2:] + a[:, :, :1] * 0.5 + a[:, :, 1:2] * 0.5], axis=2)
-        fixed = torch.from_numpy(np.floor(a * 65536 + 0.5).astype(np.int64)).to(device, non_blocking=True)
-        fixed = fixed[..., None, None]
-        rows, columns = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
-        x, y = ((fixed[:, axis, 0] * columns + fixed[:, axis, 1] * rows + fixed[:, axis, 2]) >> 16 for axis in (0, 1))
-        return _read(images, x, y, fill)
+        return _read(images, *_fixed_point(matrices, height, width, device), fill)
     numbers = torch.from_numpy(matrices[:, :2]).float().to(device, non_blocking=True)[..., None, None]
     if displaced is None:
         displaced = centres(height, width, device)[None]
     x, y = (
-        numbers[:, axis, 0] * displaced[:, 0] + numbers[:, axis, 1] * displaced[:, 1] + numbers[:, axis, 2]
+        (numbers[:, axis, 0] * displaced[:, 0]).add_(numbers[:, axis, 1] * displaced[:, 1]).add_(numbers[:, axis, 2])
         for axis in (0, 1)
     )
     if interpolation == "nearest":
-        return _read(images, x.floor().long(), y.floor().long(), fill)
-    grid = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=-1)
-    read = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        # clamped before they become whole numbers, which have no infinity
+        x, y = x.floor_().clamp_(-1, width).to(torch.int32), y.floor_().clamp_(-1, height).to(torch.int32)
+        return _read(images, x.add_(1), y.add_(1), fill)
     # PIL fills where a place is outside, and does not mix the fill into the pixels at the border
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    outside = ((x < 0) | (x >= width)) | ((y < 0) | (y >= height))
+    grid = torch.stack([x.mul_(2 / width).sub_(1), y.mul_(2 / height).sub_(1)], dim=-1)
+    read = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     read = torch.where(outside[:, None], fill.view(1, -1, 1, 1).float(), read)
-    return (read.round() if images.dtype == torch.uint8 else read).to(images.dtype)
+    return (read.round_() if images.dtype == torch.uint8 else read).to(images.dtype)
+
+
+def _fixed_point(matrices: Matrices, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Column and row ``(images, height, width)`` that each pixel is in, plus 1; 0 and below, or beyond: outside.
+
+    By PIL's ``affine_fixed`` (src/libImaging/Geometry.c): with 16 binary digits after the point.
+    """
+    numbers = matrices[:, :2].copy()
+    # the place of the first pixel's centre, and a pixel more for the border that is outside
+    numbers[:, :, 2] += numbers[:, :, 0] * 0.5 + numbers[:, :, 1] * 0.5
+    numbers = np.floor(numbers * 65536 + 0.5)
+    numbers[:, :, 2] += 65536
+    largest = np.abs(numbers) @ (width, height, 1.0)
+    dtype = torch.int32 if largest.max() < 2**31 else torch.int64
+    fixed = torch.from_numpy(numbers).to(dtype).to(device, non_blocking=True)
+    along_x = fixed[:, :, 0:1] * torch.arange(width, dtype=dtype, device=device) + fixed[:, :, 2:]
+    along_y = fixed[:, :, 1:2] * torch.arange(height, dtype=dtype, device=device)
+    x, y = (
+        (along_y[:, axis, :, None] + along_x[:, axis, None]).bitwise_right_shift_(16).clamp_(0, size + 1)
+        for axis, size in ((0, width), (1, height))
+    )
+    return x, y
 
 
 def centres(height: int, width: int, device: torch.device) -> Tensor:
@@ -210,9 +230,9 @@ def moved(matrices: Matrices, places: Tensor) -> Tensor:
 
 
 def _read(images: Tensor, x: Tensor, y: Tensor, fill: Tensor) -> Tensor:
-    """``images[i, :, y[i], x[i]]``, the fill where that is outside."""
+    """``images[i, :, y[i] - 1, x[i] - 1]``, the fill for rows and columns just outside; ``x`` and ``y`` are used up."""
     count, channels, height, width = images.shape
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    places = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).view(count, 1, -1)
-    read = images.flatten(2).gather(2, places.expand(-1, channels, -1)).view(images.shape)
-    return torch.where(inside[:, None], read, fill.view(1, -1, 1, 1))
+    padded = fill.view(1, -1, 1, 1).repeat(count, 1, height + 2, width + 2)
+    padded[:, :, 1:-1, 1:-1] = images
+    places = y.mul_(width + 2).add_(x).view(count, 1, -1).long()
+    return padded.flatten(2).gather(2, places.expand(-1, channels, -1)).view(images.shape)

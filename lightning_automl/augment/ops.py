@@ -58,6 +58,7 @@ OPS: dict[str, Operation] = {
         Operation("invert", "pointwise", None, None, "", False, None),
         Operation("equalize", "pointwise", None, None, "", False, 0),
         Operation("solarize", "pointwise", 256, 256, "levels of 256 inverted", False, 256),
+        Operation("solarize_add", "pointwise", 110, 128, "levels added below 128", False, None),
         Operation("posterize", "pointwise", 4, 7, "bits removed", False, 6),
         Operation("contrast", "pointwise", 0.9, 0.99, "of the contrast", True, 0.99),
         Operation("color", "pointwise", 0.9, 0.99, "of the colour", True, 0.99),

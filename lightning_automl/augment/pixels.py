@@ -1,7 +1,11 @@
 """What becomes of pixels: formulas on the levels 0 to 255, as PIL has them.
 
-Every formula takes levels ``(images, channels, height, width)`` as float32 and one strength an image; those for float
-images are the same, with levels that are no whole numbers.
+An operation has one *amount* an image, the number that its formula needs (a factor, a threshold, …), made from the
+strength by :func:`amounts`. Amounts are float32, as PIL's are where it matters.
+
+Operations of :data:`POINTWISE` change a channel's levels by a function of the level and of a statistic of the image.
+For uint8 images the formula is evaluated once for each of the 256 levels, and pixels are looked up in that table; for
+float images it is evaluated on the pixels. Those of :data:`FILTERS` need a pixel's place, channels or neighbours.
 """
 
 from collections.abc import Callable
@@ -13,144 +17,207 @@ from torch import Tensor
 
 from lightning_automl.augment.draws import uniform
 
-Strengths = NDArray[np.float64]
+_FACTOR: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda strengths: 1 + strengths  # noqa: E731
+
+#: What the formulas take, of signed strengths; the strength itself where an operation is not listed.
+_AMOUNTS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "brightness": _FACTOR,
+    "contrast": _FACTOR,
+    "color": _FACTOR,
+    "sharpness": _FACTOR,
+    "gamma": _FACTOR,
+    "solarize": lambda strengths: 256 - strengths,
+    "solarize_add": np.floor,
+    "posterize": lambda strengths: np.exp2(np.round(strengths)),
+    "noise": lambda strengths: 255 * strengths,
+}
+
+
+def amounts(name: str, strengths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the formula of an operation takes, for signed strengths ``(images,)``."""
+    return _AMOUNTS[name](strengths) if name in _AMOUNTS else strengths
+
+
+def brightness(levels: Tensor, factor: Tensor, statistic: Tensor) -> Tensor:
+    """Blend with black."""
+    return levels * factor
+
+
+def contrast(levels: Tensor, factor: Tensor, mean: Tensor) -> Tensor:
+    """Blend with the mean of the grey image."""
+    return (levels - mean).mul_(factor).add_(mean)
+
+
+def invert(levels: Tensor, amount: Tensor, statistic: Tensor) -> Tensor:
+    """Bright becomes dark."""
+    return 255 - levels
+
+
+def solarize(levels: Tensor, threshold: Tensor, statistic: Tensor) -> Tensor:
+    """Invert what is at or above the threshold, by the nearest level."""
+    return torch.where(levels.round() >= threshold, 255 - levels, levels)
+
+
+def solarize_add(levels: Tensor, addition: Tensor, statistic: Tensor) -> Tensor:
+    """Brighten what is below 128."""
+    return torch.where(levels.round() < 128, levels + addition, levels)
+
+
+def posterize(levels: Tensor, step: Tensor, statistic: Tensor) -> Tensor:
+    """Set the lowest bits to zero: round down to a multiple of the step."""
+    return (levels / step).floor_().mul_(step)
+
+
+def gamma(levels: Tensor, exponent: Tensor, statistic: Tensor) -> Tensor:
+    """Raise levels, as shares of 255, to a power; rounded for uint8 images."""
+    return (levels / 255).pow(exponent).mul_(255)
+
+
+def autocontrast(levels: Tensor, amount: Tensor, extremes: Tensor) -> Tensor:
+    """Stretch each channel so that its darkest pixel is 0 and its brightest 255, unless they are equal."""
+    # PIL computes in double precision and cuts off the digits, so 254.99… for 255 is 254 there, and is to be here
+    low, high = extremes.to(_exact(levels.device)).unbind(2)
+    # (`255 / tensor` would be 255 times the reciprocal)
+    scale = torch.where(high > low, torch.full_like(low, 255) / (high - low).clamp_(min=1), 1).unsqueeze(2)
+    offset = torch.where(high > low, -low, 0).unsqueeze(2) * scale
+    return levels.to(scale.dtype).mul(scale).add_(offset).trunc_().to(torch.float32)
+
+
+def equalize(levels: Tensor, amount: Tensor, histogram: Tensor) -> Tensor:
+    """Spread the levels of each channel so that they are used equally often; ``levels`` are all 256."""
+    below = histogram.cumsum(2).sub_(histogram)
+    pixels = below[..., -1:] + histogram[..., -1:]
+    # the brightest level that is there has most below it; divisions by numbers, not tensors, are inexact on a GPU
+    step = (below * (below < pixels)).amax(2, keepdim=True).div_(255, rounding_mode="floor")
+    exact = _exact(levels.device)
+    table = (below + step // 2).to(exact).div_(step.clamp(min=1).to(exact)).floor_().to(torch.float32)
+    spread = (step > 0).to(torch.float32)
+    return table.mul_(spread).add_(levels * (1 - spread))
+
+
+def grey_mean(images: Tensor) -> Tensor:
+    """Mean ``(images, 1, 1)`` of the grey image, rounded, of uint8 images or of levels."""
+    luminance = grey(images.to(torch.float32))
+    pixels = luminance.shape[2] * luminance.shape[3]
+    # row by row, since whole numbers are exact in float32 up to 2**24 only
+    sums = luminance.sum(3).round_().long().sum(2)
+    return (2 * sums + pixels).div_(2 * pixels, rounding_mode="floor").to(torch.float32).unsqueeze(2)
+
+
+def extremes(images: Tensor) -> Tensor:
+    """Darkest and brightest level ``(images, channels, 2)`` of uint8 images."""
+    pixels = images.flatten(2)
+    return torch.stack([pixels.amin(2), pixels.amax(2)], dim=2)
+
+
+def histograms(images: Tensor) -> Tensor:
+    """How often each level is in each channel ``(images, channels, 256)`` of uint8 images."""
+    values = images.flatten(2).long()
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
+    return counts.scatter_add_(2, values, torch.ones(1, dtype=torch.int32, device=images.device).expand_as(values))
+
+
+#: Formula of levels ``(images, channels, any)``, amounts ``(images, 1, 1)`` and a statistic.
+POINTWISE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "brightness": brightness,
+    "contrast": contrast,
+    "invert": invert,
+    "solarize": solarize,
+    "solarize_add": solarize_add,
+    "posterize": posterize,
+    "gamma": gamma,
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+}
+
+#: Statistics that formulas need.
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contrast": grey_mean,
+    "autocontrast": extremes,
+    "equalize": histograms,
+}
+
+#: Operations that are about 256 levels; float images are rounded to these for them.
+EIGHT_BITS = ("posterize", "autocontrast", "equalize")
+
+#: Operations whose results are rounded for uint8 images; PIL cuts off the digits of all others.
+ROUNDED = ("gamma", "noise", "blur")
 
 
 def grey(levels: Tensor) -> Tensor:
     """Luminance ``(images, 1, height, width)`` of three channels (ITU-R 601, as PIL's mode L); else their mean."""
     if levels.shape[1] == 3:
         red, green, blue = levels.unbind(1)
-        return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) / 65536).floor().unsqueeze(1)
+        # PIL's whole numbers, all below 2**24
+        total = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000)
+        return total.mul_(2.0**-16).floor_().unsqueeze(1)
     return levels.mean(1, keepdim=True)
 
 
-def _column(numbers: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(numbers).to(torch.float32).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
-
-
-def _blend(degenerate: Tensor, levels: Tensor, strength: Strengths) -> Tensor:
-    """From the degenerate image (factor 0) through the image (1) and beyond it: PIL's ``Image.blend``."""
-    return degenerate + _column(1 + strength, levels) * (levels - degenerate)
-
-
-def brightness(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Blend with black."""
-    return levels * _column(1 + strength, levels)
-
-
-def contrast(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Blend with the mean of the grey image, rounded."""
-    mean = (grey(levels).double().mean((1, 2, 3), keepdim=True) + 0.5).floor().float()
-    return _blend(mean, levels, strength)
-
-
-def color(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
+def color(levels: Tensor, factor: Tensor, seeds: Tensor) -> Tensor:
     """Blend with the grey image."""
-    return _blend(grey(levels), levels, strength)
+    luminance = grey(levels)
+    return (levels - luminance).mul_(factor).add_(luminance)
 
 
-def invert(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Bright becomes dark."""
-    return 255 - levels
+def noise(levels: Tensor, deviation: Tensor, seeds: Tensor) -> Tensor:
+    """Add to every value a normal number."""
+    # uniform numbers are multiples of 2**-24 in [0, 1); the middle of their interval has a finite logarithm
+    drawn: Tensor = torch.special.ndtri(uniform(seeds, levels[0].numel()).add_(2.0**-25))
+    return drawn.view(levels.shape).mul_(deviation).add_(levels)
 
 
-def solarize(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Invert what is at or above the threshold ``256 - strength``."""
-    return torch.where(levels >= _column(256 - strength, levels), 255 - levels, levels)
-
-
-def posterize(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Set the lowest ``strength`` bits, rounded, to zero."""
-    step = _column(2.0 ** np.round(strength), levels)
-    return (levels.round() / step).floor() * step
-
-
-def autocontrast(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Stretch each channel so that its darkest pixel is 0 and its brightest 255."""
-    levels = levels.round().double()
-    low, high = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
-    scale = torch.where(high > low, 255 / (high - low).clamp(min=1), 1)
-    offset = torch.where(high > low, -low * scale, 0)
-    return (levels * scale + offset).trunc().float()
-
-
-def equalize(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Spread the levels of each channel so that their histogram is flat (PIL's ``ImageOps.equalize``)."""
-    values = levels.round().long().flatten(2)
-    histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=levels.device)
-    histogram.scatter_add_(2, values, torch.ones((), dtype=torch.long, device=levels.device).expand_as(values))
-    last = histogram.gather(2, values.amax(2, keepdim=True))
-    step = (values.shape[2] - last) // 255
-    table = (histogram.cumsum(2) - histogram + step // 2) // step.clamp(min=1)
-    table = torch.where(step > 0, table, torch.arange(256, device=levels.device))
-    return table.gather(2, values).view(levels.shape).float()
-
-
-def gamma(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Raise levels, as shares of 255, to the power of ``1 + strength``; rounded for uint8 images."""
-    return (levels / 255).pow(_column(1 + strength, levels)) * 255
-
-
-def noise(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Add to every value a normal number with a standard deviation of ``strength * 255``."""
-    # uniform numbers are multiples of 2**-24 in [0, 1); in the middle of their intervals the logarithms are finite
-    drawn: Tensor = torch.special.ndtri(uniform(seeds, levels[0].numel()) + 2.0**-25)
-    return levels + drawn.view(levels.shape) * _column(255 * strength, levels)
-
-
-def sharpness(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
+def sharpness(levels: Tensor, factor: Tensor, seeds: Tensor) -> Tensor:
     """Blend with the smoothed image; pixels at the border stay as they are."""
     if min(levels.shape[2:]) < 3:
         return levels
     inner = levels[:, :, 1:-1, 1:-1]
-    rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
-    smooth = levels.clone()
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
-    smooth[:, :, 1:-1, 1:-1] = (total / 13 + 0.5).floor()
-    return _blend(smooth, levels, strength)
+    rows = (levels[:, :, :-2] + levels[:, :, 2:]).add_(levels[:, :, 1:-1])
+    total = (rows[..., :-2] + rows[..., 2:]).add_(rows[..., 1:-1]).add_(inner, alpha=4)
+    smooth = total.mul_(1 / 13).add_(0.5).floor_()  # never at .5, so PIL's division gives the same
+    result = levels.clone()
+    result[:, :, 1:-1, 1:-1] = (inner - smooth).mul_(factor).add_(smooth)
+    return result
 
 
-def blur(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Smooth by a Gaussian with a standard deviation of ``strength`` pixels."""
-    smoothed: list[Tensor] = []
-    for along in (levels.shape[2], levels.shape[3]):
-        places = torch.arange(along, device=levels.device, dtype=torch.float32)
-        weights = torch.exp(-(places - places[:, None]).square() / (2 * _column(strength, levels).square()))
-        smoothed.append(weights / weights.sum(-1, keepdim=True))
-    along_y, along_x = smoothed
+def blur(levels: Tensor, deviation: Tensor, seeds: Tensor) -> Tensor:
+    """Smooth by a Gaussian, with a standard deviation in pixels; at the borders by its part inside."""
+    smoothing: list[Tensor] = []
+    for size in levels.shape[2:]:
+        places = torch.arange(size, device=levels.device, dtype=torch.float32)
+        weights = torch.exp(-(places - places[:, None]).square() / (2 * deviation.square()))
+        smoothing.append(weights / weights.sum(-1, keepdim=True))
+    along_y, along_x = smoothing
     return along_y @ levels @ along_x.mT
 
 
-def cutout(levels: Tensor, strength: Strengths, seeds: Tensor) -> Tensor:
-    """Fill a square, its side ``strength`` times the width, around any pixel, with grey; clipped at the border."""
+def cutout(levels: Tensor, share: Tensor, seeds: Tensor) -> Tensor:
+    """Fill a square, its side a share of the width, around any pixel, with grey; clipped at the border.
+
+    The grey is that of Fast AutoAugment's code, the mean of ImageNet's images.
+    """
     height, width = levels.shape[2:]
-    side = _column(np.round(strength * width), levels)
+    side = (share * width).round_()
     places = uniform(seeds, 2)
-    top = ((places[:, 0] * height).floor().view(-1, 1, 1, 1)) - (side / 2).floor()
-    left = ((places[:, 1] * width).floor().view(-1, 1, 1, 1)) - (side / 2).floor()
+    top = (places[:, :1] * height).floor_().view(-1, 1, 1, 1) - (side / 2).floor_()
+    left = (places[:, 1:] * width).floor_().view(-1, 1, 1, 1) - (side / 2).floor_()
     rows = torch.arange(height, device=levels.device).view(-1, 1)
     columns = torch.arange(width, device=levels.device)
-    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    inside = ((rows >= top) & (rows < top + side)) & ((columns >= left) & (columns < left + side))
     filling = (125.0, 123.0, 114.0) if levels.shape[1] == 3 else (124.0,)
-    return torch.where(inside, torch.tensor(filling, device=levels.device).view(1, -1, 1, 1), levels)
+    grey_levels = torch.tensor(filling).to(levels.device, non_blocking=True).view(1, -1, 1, 1)
+    return torch.where(inside, grey_levels, levels)
 
 
-#: The formula of each operation.
-FORMULAS: dict[str, Callable[[Tensor, Strengths, Tensor], Tensor]] = {
-    "brightness": brightness,
-    "contrast": contrast,
+#: Formula of levels ``(images, channels, height, width)``, amounts ``(images, 1, 1, 1)`` and seeds ``(images,)``.
+FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "color": color,
-    "invert": invert,
-    "solarize": solarize,
-    "posterize": posterize,
-    "autocontrast": autocontrast,
-    "equalize": equalize,
-    "gamma": gamma,
-    "noise": noise,
     "sharpness": sharpness,
+    "noise": noise,
     "blur": blur,
     "cutout": cutout,
 }
 
-#: Operations whose results are rounded for uint8 images; PIL cuts off the digits of all others.
-ROUNDED = ("gamma", "noise", "blur")
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no other
