@@ -210,6 +210,11 @@ def zoomed(strength, width, height):
     return scale, 0, (1 - scale) * width / 2, 0, scale, (1 - scale) * height / 2
 
 
+def added(levels, channels):
+    """Of each level, as timm's ``solarize_add`` has it."""
+    return [min(255, level + levels) if level < 128 else level for level in range(256)] * channels
+
+
 def enhanced(kind):
     return lambda image, strength: kind(image).enhance(1 + strength)
 
@@ -229,6 +234,7 @@ PIL = {
     "invert": lambda image, strength: ImageOps.invert(image),
     "equalize": lambda image, strength: ImageOps.equalize(image),
     "solarize": lambda image, strength: ImageOps.solarize(image, 256 - strength),
+    "solarize_add": lambda image, strength: image.point(added(int(strength), len(image.getbands()))),
     "posterize": lambda image, strength: ImageOps.posterize(image, 8 - round(strength)),
     "contrast": enhanced(ImageEnhance.Contrast),
     "color": enhanced(ImageEnhance.Color),
@@ -398,7 +404,7 @@ def test_what_has_one_level_is_neither_stretched_nor_equalized():
 def test_solarize_counts_levels_also_in_float_images():
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for strength in range(257):
-        wanted = torch.where(ramp >= 256 - strength, 255 - ramp, ramp)
+        wanted = torch.where(ramp.int() >= 256 - strength, 255 - ramp, ramp)  # uint8 has no 256
         assert torch.equal(act("solarize", ramp, strength), wanted)
         torch.testing.assert_close(act("solarize", ramp / 255, strength), wanted / 255)
 
