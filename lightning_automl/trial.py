@@ -84,15 +84,19 @@ def _check(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Read ``configs`` and build what is in those of ``built``; the first mistake in one is raised.
 
     Returns:
-        ``resolved``: those of ``configs``.
+        ``resolved``: those of ``configs``; ``images``: what the data modules of ``built`` say of their images, as far
+        as they say it, by ``channels`` and ``image_size``.
     """
     path = Path(payload["file"])
-    resolved = []
-    for name, reader in (("configs", _Reader), ("built", _Builder)):
-        for config in payload[name]:
-            path.write_text(yaml.safe_dump(config))
-            resolved.append(reader.resolved(["--config", str(path)]))
-    return {"resolved": resolved[: len(payload["configs"])]}
+    resolved, images = [], []
+    for config in payload["configs"]:
+        path.write_text(yaml.safe_dump(config))
+        resolved.append(_Reader.resolved(["--config", str(path)]))
+    for config in payload["built"]:
+        path.write_text(yaml.safe_dump(config))
+        data = _Builder(["fit", "--config", str(path)]).datamodule
+        images.append({name: getattr(data, name) for name in ("channels", "image_size") if hasattr(data, name)})
+    return {"resolved": resolved, "images": images}
 
 
 class _Builder(_Reader):

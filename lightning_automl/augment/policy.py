@@ -256,10 +256,27 @@ class Policy(ImagePolicy):
 
     def draw(self, count: int, channels: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Plan:
         """For each image a sub-policy, which of its steps are done, and their signs; see :meth:`ImagePolicy.draw`."""
-        length = self._places.shape[1]
-        drawn = uniform(count, 1 + 3 * length, generator)
-        chosen = (drawn[:, 0] * len(self._places)).astype(np.int64)
-        applied, signs, seeds = (drawn[:, 1 + i * length : 1 + (i + 1) * length] for i in range(3))
+        drawn = uniform(count, 1 + 3 * self._places.shape[1], generator)
+        return self._plan((drawn[:, 0] * len(self)).astype(np.int64), drawn[:, 1:])
+
+    def draw_each(self, count: int, generator: torch.Generator | None = None) -> Plan:
+        """What each sub-policy does to each image, for searches, which look at all of them.
+
+        Args:
+            count: Number of images.
+            generator: On the CPU; None: torch's default one.
+
+        Returns:
+            For ``(sub-policies * images)``: all images with the first sub-policy, then with the second one.
+
+        Raises:
+            RuntimeError: If the generator is not on the CPU.
+        """
+        chosen = np.arange(len(self)).repeat(count)
+        return self._plan(chosen, uniform(len(chosen), 3 * self._places.shape[1], generator))
+
+    def _plan(self, chosen: NDArray[np.int64], drawn: NDArray[np.float64]) -> Plan:
+        applied, signs, seeds = np.split(drawn, 3, axis=1)
         places = np.where(applied < self._probabilities[chosen], self._places[chosen], PLACES["identity"])
         strengths = np.where(signs < self._mirrored[chosen], -self._strengths[chosen], self._strengths[chosen])
         return plan_of(places, strengths, seeds)
@@ -394,7 +411,7 @@ def policy_from_dict(content: Any) -> ImagePolicy:
         )
     known = _classes()
     name, arguments = content.get("policy"), content.get("arguments", {})
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         close = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown policy {name!r}; {hint}known: {', '.join(known)}")
