@@ -62,7 +62,7 @@ def find_policy(given: TrainPolicy | str | None) -> TrainPolicy | None:
     if "/" in given or given.endswith((".json", ".yaml")):
         raise UserError(f"train_policy: there is no policy file {given}; give the path of a policy.json")
     known = [name for name, each in vars(lightning_automl.augment).items() if _is_policy(each)]
-    close = get_close_matches(given.rsplit(".", 1)[-1], known, n=1)
+    close = get_close_matches(given.removeprefix("lightning_automl.augment."), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UserError(
         f"train_policy {given!r} is no policy file, class or function that can be imported; {hint}known classes: "

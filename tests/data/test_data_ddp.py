@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_automl.augment import TrivialAugment
 from lightning_automl.data import DigitsDataModule
 
 
@@ -55,7 +56,7 @@ class Stop(Callback):
 
 def fit(folder, images_of_val, stop=None, ckpt_path=None):
     seed_everything(1, verbose=False)
-    data = DigitsDataModule(batch_size=100, base_augment="crop")
+    data = DigitsDataModule(batch_size=100, base_augment="crop", train_policy=TrivialAugment())
     data.split_rows["val"] = data.split_rows["val"][:images_of_val]
     task = Task()
     trainer = Trainer(
