@@ -90,7 +90,7 @@ def test_the_base_augmentation_obeys_the_space_of_the_policy(space, base_augment
 
 def test_a_space_without_crop_leaves_no_base_augmentation():
     policy = Identity({"name": "still", "operations": {"gamma": True}})
-    with pytest.raises(UserError, match="does crop, which the space 'still' .* forbids; use base_augment=none"):
+    with pytest.raises(UserError, match=r"does crop, which the space 'still' .* forbids; use base_augment=none"):
         DigitsDataModule(base_augment="crop", train_policy=policy)
 
 
