@@ -294,9 +294,7 @@ def to_timm(policy: ImagePolicy) -> Any:
         return timm.AutoAugment(
             [
                 [
-                    _timm_step(
-                        auto_augment, step.operation, step.probability, policy.strength(step), step.sign, options
-                    )
+                    _timm_step(timm, step.operation, step.probability, policy.strength(step), step.sign, options)
                     for step in steps
                     if step.operation != "identity"
                 ]

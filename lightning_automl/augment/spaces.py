@@ -173,6 +173,13 @@ def load_space(spec: str | Path | Mapping[str, Any] | OperationSpace) -> Operati
         raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
 
+def _text(value: Any) -> str:
+    """A text, also if a command line took it for YAML: ``lungs: left and right`` became a mapping, ``3`` a number."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
 def _from_mapping(content: Mapping[str, Any], source: str) -> OperationSpace:
     known = ("name", "operations", "reason", "extends")
     for key in content:
@@ -180,9 +187,8 @@ def _from_mapping(content: Mapping[str, Any], source: str) -> OperationSpace:
             close = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise UserError(f"{source} has the unknown key {key!r}; {hint}known: {', '.join(known)}")
-    name, reason, listed = content.get("name", "own"), content.get("reason") or "", content.get("operations", {})
-    if not isinstance(name, str) or not isinstance(reason, str):
-        raise UserError(f"{source} has the name {name!r} and the reason {reason!r}; both are texts")
+    name, reason = _text(content.get("name", "own")), _text(content.get("reason"))
+    listed = content.get("operations", {})
     if not isinstance(listed, Mapping):
         raise UserError(f"{source} has operations {listed!r}; it needs a mapping such as {{rotate: 15, invert: true}}")
     extended = load_space(content["extends"]) if content.get("extends") is not None else None
