@@ -190,14 +190,12 @@ def _torchvision_step(policy: Policy, step: Step) -> _TorchvisionStep | None:
         return name, step.probability, None
     strongest = OPS[step.operation].strongest
     assert strongest is not None
-    if step.operation == "posterize":  # rounded to whole bits by both
-        strength = float(round(strength))
-        number = round(strength / strongest * (_BINS - 1))
-        exact = number < _BINS and round(number / (_BINS - 1) * strongest) == strength
-    else:
-        share = strength / strongest * (_BINS - 1)
-        number = round(share)
-        exact = number < _BINS and abs(share - number) < 1e-6
+    share = strength / strongest * (_BINS - 1)
+    number = min(range(_BINS), key=lambda number: abs(number - share))
+    exact = abs(share - number) < 1e-6
+    if step.operation == "posterize" and not exact:  # both round to whole bits
+        same = [other for other in range(_BINS) if round(other / (_BINS - 1) * strongest) == round(strength)]
+        number, exact = (same[0], True) if same else (number, False)
     if not exact:
         unit = OPS[step.operation].unit
         raise UnsupportedError(

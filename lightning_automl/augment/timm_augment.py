@@ -293,14 +293,13 @@ def read_config(config: str) -> Recipe:
         raise UserError(f"{config}: augmix blends several augmented copies of an image, which no policy here can do")
     if name == "rand":
         return _rand(config, sections)
-    values = _sections(config, sections, ("mstd",))
     if name not in ("original", "originalr", "v0", "v0r", "3a"):
         raise UserError(
             f"unknown augmentation string {config!r} of timm; known: rand, original, originalr, v0, v0r, 3a, and their "
             "sections, such as rand-m9-mstd0.5-inc1"
         )
-    deviation = _number(config, "mstd", values.get("mstd", "0"))
-    return Recipe(_policy(name), deviation=deviation)
+    values = _sections(config, sections, ("mstd",))
+    return Recipe(_policy(name), deviation=_number(config, "mstd", values.get("mstd", "0")))
 
 
 def _rand(config: str, sections: list[str]) -> Recipe:
