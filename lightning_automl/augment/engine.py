@@ -1,7 +1,8 @@
 """Apply drawn operations to a batch: all decisions are made before, on the CPU; few passes over pixels follow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -32,6 +33,8 @@ _RANK = np.array([_RANKED.index(name) for name in _NAMES])
 _FIRST_FILTER = 1 + len(pixels.POINTWISE)
 _FIRST_GEOMETRIC = _RANKED.index("sample_pairing") + 1
 _ELASTIC = _RANKED.index("elastic")
+
+_BLOCK = 2**18  # numbers that are worked on at once on a CPU
 
 
 class ImageTypeError(UserError, TypeError):
@@ -114,17 +117,17 @@ def apply(
     heads = steps.ranks[:, 0]
     while heads.any():
         order = np.argsort(heads, kind="stable")
-        batch, rows, position, heads = _chosen(batch, order), rows[order], position[order], heads[order]
-        ends = np.searchsorted(heads, np.arange(len(_RANKED) + 1)).tolist()
-        runs = [_Run(name, ends[rank], ends[rank + 1]) for rank, name in enumerate(_RANKED)]
-        runs = [run for run in runs[1:] if run.first < run.last]
+        batch, rows, position = _chosen(batch, order), rows[order], position[order]
+        runs = _runs(heads[order])
         strengths, seeds = steps.strengths[rows, position], steps.seeds[rows, position]
-        _change(batch, images, [run for run in runs if run.first < ends[_FIRST_GEOMETRIC]], rows, strengths, seeds)
-        position[ends[1] : ends[_FIRST_GEOMETRIC]] += 1
-        if ends[_FIRST_GEOMETRIC] < len(batch):
-            some = slice(ends[_FIRST_GEOMETRIC], None)
+        still = [run for run in runs if run.rank < _FIRST_GEOMETRIC]
+        _change(batch, images, still, rows, strengths, seeds)
+        for run in still:
+            position[run.first : run.last] += 1
+        if len(still) < len(runs):
+            some = slice(runs[len(still)].first, None)
             route = _route(rows[some], position[some], steps, images.shape[2], images.shape[3])
-            batch[some] = _moved(batch[some], route, filling, interpolation)
+            _move(batch[some], route, filling, interpolation)
         heads = steps.ranks[rows, position]
     return _chosen(batch, np.argsort(rows), like=images)
 
@@ -207,11 +210,30 @@ def _filling(images: Tensor, fill: float | Sequence[float] | None) -> Tensor:
 
 
 class _Run(NamedTuple):
-    """Images that get the same operation now: ``first`` to ``last``, exclusive."""
+    """Images that get the same operation now: ``first`` to ``last``, exclusive; ``rank`` is it in ``_RANKED``."""
 
-    name: str
+    rank: int
     first: int
     last: int
+
+
+def _runs(ranks: NDArray[np.int64]) -> list[_Run]:
+    """The runs of sorted ranks, without those that get nothing."""
+    starts = [0, *(np.flatnonzero(np.diff(ranks)) + 1).tolist(), len(ranks)]
+    found = [_Run(rank, *ends) for rank, ends in zip(ranks[starts[:-1]].tolist(), pairwise(starts), strict=True)]
+    return [run for run in found if run.rank]
+
+
+def _blocks(first: int, last: int, images: Tensor) -> Iterator[slice]:
+    """Slices of images, some hundred thousand numbers each, so that what is made of them stays in a core's cache.
+
+    At 224 x 224 that saves a third of the time; on a GPU one block is best.
+    """
+    step = last - first
+    if images.device.type == "cpu":
+        step = max(1, _BLOCK // max(1, images[0].numel()))
+    for start in range(first, last, max(1, step)):
+        yield slice(start, min(start + step, last))
 
 
 class _Steps(NamedTuple):
@@ -268,47 +290,55 @@ def _change(
     """Do, in place, the operations that move no pixel."""
     if not runs:
         return
-    values = np.empty(runs[-1].last, dtype=np.float32)
-    for name, first, last in runs:
-        values[first:last] = pixels.amounts(name, strengths[first:last])
+    values = np.empty(len(batch), dtype=np.float32)
+    for rank, first, last in runs:
+        values[first:last] = pixels.amounts(_RANKED[rank], strengths[first:last])
     amounts = _on(batch.device, values).view(-1, 1, 1)
-    tables = [run for run in runs if run.name in pixels.POINTWISE and (batch.dtype == torch.uint8)]
+    tables = [run for run in runs if run.rank < _FIRST_FILTER] if batch.dtype == torch.uint8 else []
     if tables:
-        start = tables[0].first
-        some = slice(start, tables[-1].last)
-        _look_up(batch[some], [_Run(run.name, run.first - start, run.last - start) for run in tables], amounts[some])
-    for name, first, last in runs[len(tables) :]:
-        part, amount = batch[first:last], amounts[first:last]
-        if name in pixels.EIGHT_BITS:
-            levels = _bytes(part.float().mul_(255).add_(0.5).clamp_(0, 255))
-            _look_up(levels, [_Run(name, 0, last - first)], amount)
-            part.copy_(levels.float().div_(255))
-        elif name in pixels.POINTWISE:
-            levels = _levels(part)
-            statistic = pixels.STATISTICS[name](levels) if name in pixels.STATISTICS else levels
-            _store(part, pixels.POINTWISE[name](levels.flatten(2), amount, statistic).view(part.shape), name)
-        elif name == "sample_pairing":
+        _look_up(batch, tables, amounts)
+    for rank, first, last in runs[len(tables) :]:
+        name = _RANKED[rank]
+        if name == "sample_pairing":
             partners = (rows[first:last] + 1 + seeds[first:last] % max(1, len(batch) - 1)) % len(batch)
-            levels, others = _levels(part), _levels(_chosen(originals, partners))
-            _store(part, others.sub_(levels).mul_(amount.unsqueeze(1)).add_(levels), name)
-        else:
-            drawn = _on(batch.device, seeds[first:last])
-            _store(part, pixels.FILTERS[name](_levels(part), amount.unsqueeze(1), drawn), name)
+            part, levels = batch[first:last], _levels(_chosen(originals, partners))
+            start = _levels(part)
+            _store(part, levels.sub_(start).mul_(amounts[first:last].unsqueeze(1)).add_(start), name)
+            continue
+        drawn = _on(batch.device, seeds) if name in pixels.DRAWING else None
+        for some in _blocks(first, last, batch):
+            part, amount = batch[some], amounts[some]
+            if name in pixels.EIGHT_BITS:
+                levels = _bytes(part.float().mul_(255).add_(0.5).clamp_(0, 255))
+                _look_up(levels, [_Run(rank, 0, len(levels))], amount)
+                part.copy_(levels.float().div_(255))
+            elif name in pixels.POINTWISE:
+                levels = _levels(part)
+                statistic = pixels.STATISTICS[name](levels) if name in pixels.STATISTICS else levels
+                _store(part, pixels.POINTWISE[name](levels.flatten(2), amount, statistic).view(part.shape), name)
+            else:
+                own = amounts if drawn is None else drawn
+                _store(part, pixels.FILTERS[name](_levels(part), amount.unsqueeze(1), own[some]), name)
 
 
 def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
     """Replace, in place, the levels of uint8 images by those in tables made by the formulas."""
-    count, channels = images.shape[:2]
+    start, end = runs[0].first, runs[-1].last
     levels = torch.arange(256, dtype=torch.float32, device=images.device).view(1, 1, -1)
-    tables = torch.empty(count, channels, 256, device=images.device)
-    for name, first, last in runs:
-        some = slice(first, last)
-        statistic = pixels.STATISTICS[name](images[some]) if name in pixels.STATISTICS else levels
-        tables[some] = pixels.POINTWISE[name](levels, amounts[some], statistic)
+    tables = torch.empty(end - start, images.shape[1], 256, device=images.device)
+    for rank, first, last in runs:
+        name, table = _RANKED[rank], tables[first - start : last - start]
+        statistic = levels
+        if name in pixels.STATISTICS:
+            measured = [pixels.STATISTICS[name](images[some]) for some in _blocks(first, last, images)]
+            statistic = measured[0] if len(measured) == 1 else torch.cat(measured)
+        table.copy_(pixels.POINTWISE[name](levels, amounts[first:last], statistic))
         if name in pixels.ROUNDED:
-            tables[some] += 0.5
-    values = images.flatten(2)
-    torch.gather(_bytes(tables.clamp_(0, 255)), 2, values.long(), out=values)
+            table.add_(0.5)
+    entries = _bytes(tables.clamp_(0, 255))
+    for some in _blocks(start, end, images):
+        values = images[some].flatten(2)
+        torch.gather(entries[some.start - start : some.stop - start], 2, values.long(), out=values)
 
 
 def _levels(images: Tensor) -> Tensor:
@@ -329,7 +359,7 @@ def _bytes(levels: Tensor) -> Tensor:
 class _Route(NamedTuple):
     """How the result's places become places of the images: ``outer @ displaced(inner @ place)``.
 
-    ``outer`` is the whole route of images that are not deformed.
+    ``outer`` is the whole route of images that are not deformed; their ``amounts`` are 0.
     """
 
     outer: NDArray[np.float64]
@@ -339,39 +369,59 @@ class _Route(NamedTuple):
 
 
 def _route(rows: NDArray[np.int64], position: NDArray[np.int64], steps: _Steps, height: int, width: int) -> _Route:
-    """Compose the geometric operations that come next for each image, up to the first that is not; moves positions."""
+    """Compose the geometric operations that come next for each image, up to the first that is not; moves positions.
+
+    ``rows`` are sorted by their next operation.
+    """
     count = len(rows)
-    inner = np.tile(np.eye(3), (count, 1, 1))
-    route = _Route(inner.copy(), inner, np.zeros(count), np.zeros(count, dtype=np.int64))
-    deformed, active = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
+    route = _Route(np.empty((count, 2, 3)), np.empty((count, 2, 3)), np.zeros(count), np.zeros(count, dtype=np.int64))
+    route.outer[:] = route.inner[:] = geometry.IDENTITY
+
+    def extend(rank: int, here: slice | NDArray[np.int64], *, first: bool) -> None:
+        of = rows[here], position[here]
+        strengths, seeds = steps.strengths[of], steps.seeds[of]
+        if rank == _ELASTIC:
+            route.amounts[here], route.seeds[here] = strengths, seeds
+            return
+        drawn = torch.from_numpy(seeds)
+        matrices = geometry.affine_matrices(_RANKED[rank], strengths, drawn, height, width)
+        if first:
+            route.outer[here] = matrices
+            return
+        deformed = (route.amounts[here] > 0)[:, None, None]
+        inner, outer = route.inner[here], route.outer[here]
+        route.inner[here] = np.where(deformed, geometry.composed(inner, matrices), inner)
+        route.outer[here] = np.where(deformed, outer, geometry.composed(outer, matrices))
+
+    for run in _runs(steps.ranks[rows, position]):
+        extend(run.rank, slice(run.first, run.last), first=True)
+    position += 1
+    active = np.arange(count)
     while True:
-        heads = steps.ranks[rows, position]
-        active &= (heads >= _FIRST_GEOMETRIC) & ~((heads == _ELASTIC) & deformed)
-        if not active.any():
+        heads = steps.ranks[rows[active], position[active]]
+        # a second elastic deformation waits for the next resampling
+        more = (heads >= _FIRST_GEOMETRIC) & ~((heads == _ELASTIC) & (route.amounts[active] > 0))
+        active, heads = active[more], heads[more]
+        if not len(active):
             return route
-        for rank in np.unique(heads[active]):
-            here = np.flatnonzero(active & (heads == rank))
-            of = rows[here], position[here]
-            if rank == _ELASTIC:
-                deformed[here] = True
-                route.amounts[here], route.seeds[here] = steps.strengths[of], steps.seeds[of]
-                continue
-            drawn = torch.from_numpy(steps.seeds[of])
-            matrices = geometry.affine_matrices(_RANKED[rank], steps.strengths[of], drawn, height, width)
-            for target, chosen in ((route.inner, deformed[here]), (route.outer, ~deformed[here])):
-                target[here[chosen]] = target[here[chosen]] @ matrices[chosen]
+        for rank in np.unique(heads).tolist():
+            extend(rank, active[heads == rank], first=False)
         position[active] += 1
 
 
-def _moved(images: Tensor, route: _Route, filling: Tensor, interpolation: Interpolation) -> Tensor:
+def _move(images: Tensor, route: _Route, filling: Tensor, interpolation: Interpolation) -> None:
+    """Read, in place, the pixels at the ends of the routes."""
     height, width = images.shape[2:]
-    deformed = np.flatnonzero(route.amounts > 0)
-    result = geometry.resample(images, route.outer, filling, interpolation)
+    deformed = np.flatnonzero(route.amounts)
+    part = None
     if len(deformed):
         drawn = _on(images.device, route.seeds[deformed])
         field = geometry.displacements(route.amounts[deformed], drawn, height, width)
         places = geometry.moved(route.inner[deformed], geometry.centres(height, width, images.device)[None])
         places = places + geometry.at(field, places)
         part = geometry.resample(_chosen(images, deformed), route.outer[deformed], filling, interpolation, places)
-        result.index_copy_(0, _on(images.device, deformed), part)
-    return result
+    if len(deformed) < len(images):
+        for some in _blocks(0, len(images), images):
+            images[some] = geometry.resample(images[some], route.outer[some], filling, interpolation)
+    if part is not None:
+        images.index_copy_(0, _on(images.device, deformed), part)

@@ -84,8 +84,12 @@ AFFINE: dict[str, Callable[[Matrices, Tensor, int, int], Numbers]] = {
 }
 
 
+#: The map that leaves everything where it is.
+IDENTITY: Matrices = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+
+
 def affine_matrices(name: str, strengths: Matrices, seeds: Tensor, height: int, width: int) -> Matrices:
-    """Maps ``(images, 3, 3)`` from places of the result to places of the image.
+    """Maps ``(images, 2, 3)`` from places of the result to places of the image.
 
     Positive strengths move the image right or down and turn it counter-clockwise; a sheared image is read the more to
     the right the lower the row is, as with PIL's ``AFFINE``.
@@ -97,11 +101,17 @@ def affine_matrices(name: str, strengths: Matrices, seeds: Tensor, height: int, 
         height: Of the images, in pixels.
         width: Likewise.
     """
-    matrices = np.zeros((len(strengths), 3, 3))
-    matrices[:, 2, 2] = 1
+    matrices = np.empty((len(strengths), 6))
     for place, number in enumerate(AFFINE[name](strengths, seeds, height, width)):
-        matrices[:, place // 3, place % 3] = number
-    return matrices
+        matrices[:, place] = number
+    return matrices.reshape(-1, 2, 3)
+
+
+def composed(outer: Matrices, inner: Matrices) -> Matrices:
+    """Maps ``(images, 2, 3)`` that do ``inner`` to a place, then ``outer``."""
+    product = outer[:, :, :2] @ inner
+    product[:, :, 2] += outer[:, :, 2]
+    return product
 
 
 def displacements(strengths: Matrices, seeds: Tensor, height: int, width: int) -> Tensor:
@@ -157,7 +167,7 @@ def resample(
 
     Args:
         images: ``(images, channels, height, width)``.
-        matrices: ``(images, 3, 3)``, float64, from the result's places to the images'.
+        matrices: ``(images, 2, 3)``, float64, from the result's places to the images'.
         fill: ``(channels,)``, what is outside of the images.
         interpolation: ``nearest`` takes the pixel that a place is in, by the same fixed-point numbers as PIL.
         displaced: Places ``(images, 2, height, width)`` that the matrices are applied to, in place of the pixels'
@@ -167,7 +177,7 @@ def resample(
     device = images.device
     if displaced is None and interpolation == "nearest":
         return _read(images, *_fixed_point(matrices, height, width, device), fill)
-    numbers = torch.from_numpy(matrices[:, :2]).float().to(device, non_blocking=True)[..., None, None]
+    numbers = torch.from_numpy(matrices).float().to(device, non_blocking=True)[..., None, None]
     if displaced is None:
         displaced = centres(height, width, device)[None]
     x, y = (
@@ -191,7 +201,7 @@ def _fixed_point(matrices: Matrices, height: int, width: int, device: torch.devi
 
     By PIL's ``affine_fixed`` (src/libImaging/Geometry.c): with 16 binary digits after the point.
     """
-    numbers = matrices[:, :2].copy()
+    numbers = matrices.copy()
     # the place of the first pixel's centre, and a pixel more for the border that is outside
     numbers[:, :, 2] += numbers[:, :, 0] * 0.5 + numbers[:, :, 1] * 0.5
     numbers = np.floor(numbers * 65536 + 0.5)
@@ -223,8 +233,8 @@ def at(fields: Tensor, places: Tensor) -> Tensor:
 
 
 def moved(matrices: Matrices, places: Tensor) -> Tensor:
-    """Places ``(images or 1, 2, height, width)`` under the maps ``(images, 3, 3)``."""
-    numbers = torch.from_numpy(matrices[:, :2]).float().to(places.device, non_blocking=True)
+    """Places ``(images or 1, 2, height, width)`` under the maps ``(images, 2, 3)``."""
+    numbers = torch.from_numpy(matrices).float().to(places.device, non_blocking=True)
     numbers = numbers[..., None, None]
     return numbers[:, :, 0] * places[:, :1] + numbers[:, :, 1] * places[:, 1:] + numbers[:, :, 2]
 
@@ -232,7 +242,7 @@ def moved(matrices: Matrices, places: Tensor) -> Tensor:
 def _read(images: Tensor, x: Tensor, y: Tensor, fill: Tensor) -> Tensor:
     """``images[i, :, y[i] - 1, x[i] - 1]``, the fill for rows and columns just outside; ``x`` and ``y`` are used up."""
     count, channels, height, width = images.shape
-    padded = fill.view(1, -1, 1, 1).repeat(count, 1, height + 2, width + 2)
+    padded = images.new_empty(count, channels, height + 2, width + 2).copy_(fill.view(1, -1, 1, 1))
     padded[:, :, 1:-1, 1:-1] = images
     places = y.mul_(width + 2).add_(x).view(count, 1, -1).long()
     return padded.flatten(2).gather(2, places.expand(-1, channels, -1)).view(images.shape)

@@ -76,23 +76,24 @@ def gamma(levels: Tensor, exponent: Tensor, statistic: Tensor) -> Tensor:
 def autocontrast(levels: Tensor, amount: Tensor, extremes: Tensor) -> Tensor:
     """Stretch each channel so that its darkest pixel is 0 and its brightest 255, unless they are equal."""
     # PIL computes in double precision and cuts off the digits, so 254.99… for 255 is 254 there, and is to be here
+    # (`255 / tensor` would be 255 times the reciprocal, which is not the same)
     low, high = extremes.to(_exact(levels.device)).unbind(2)
-    # (`255 / tensor` would be 255 times the reciprocal)
-    scale = torch.where(high > low, torch.full_like(low, 255) / (high - low).clamp_(min=1), 1).unsqueeze(2)
-    offset = torch.where(high > low, -low, 0).unsqueeze(2) * scale
-    return levels.to(scale.dtype).mul(scale).add_(offset).trunc_().to(torch.float32)
+    flat = (low == high).to(low.dtype)
+    scale = torch.full_like(low, 255).div_(high - low + flat).mul_(1 - flat).add_(flat)
+    offset = low.neg().mul_(scale).mul_(1 - flat)
+    return levels.to(scale.dtype).mul(scale.unsqueeze(2)).add_(offset.unsqueeze(2)).trunc_().to(torch.float32)
 
 
 def equalize(levels: Tensor, amount: Tensor, histogram: Tensor) -> Tensor:
     """Spread the levels of each channel so that they are used equally often; ``levels`` are all 256."""
-    below = histogram.cumsum(2).sub_(histogram)
-    pixels = below[..., -1:] + histogram[..., -1:]
-    # the brightest level that is there has most below it; divisions by numbers, not tensors, are inexact on a GPU
+    ends = histogram.cumsum(2)
+    below, pixels = ends - histogram, ends[..., -1:]
+    # The brightest level that is there has most below it. Whole numbers up to 2**24 and what is left of their quotients
+    # are exact in float32; dividing by a number instead of a tensor would not be on a GPU.
     step = (below * (below < pixels)).amax(2, keepdim=True).div_(255, rounding_mode="floor")
-    exact = _exact(levels.device)
-    table = (below + step // 2).to(exact).div_(step.clamp(min=1).to(exact)).floor_().to(torch.float32)
-    spread = (step > 0).to(torch.float32)
-    return table.mul_(spread).add_(levels * (1 - spread))
+    spread = (step > 0).to(step.dtype)
+    table = below.add_((step / 2).floor_()).div_(step + (1 - spread)).floor_()
+    return table.mul_(spread).add_(levels * (1 - spread)).to(torch.float32)
 
 
 def grey_mean(images: Tensor) -> Tensor:
@@ -111,10 +112,11 @@ def extremes(images: Tensor) -> Tensor:
 
 
 def histograms(images: Tensor) -> Tensor:
-    """How often each level is in each channel ``(images, channels, 256)`` of uint8 images."""
+    """How often each level is in each channel, float ``(images, channels, 256)``, of uint8 images."""
     values = images.flatten(2).long()
-    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
-    return counts.scatter_add_(2, values, torch.ones(1, dtype=torch.int32, device=images.device).expand_as(values))
+    dtype = torch.float32 if values.shape[2] < 2**23 else _exact(images.device)
+    counts = torch.zeros(*values.shape[:2], 256, dtype=dtype, device=images.device)
+    return counts.scatter_add_(2, values, torch.ones(1, dtype=dtype, device=images.device).expand_as(values))
 
 
 #: Formula of levels ``(images, channels, any)``, amounts ``(images, 1, 1)`` and a statistic.
@@ -217,6 +219,10 @@ FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "blur": blur,
     "cutout": cutout,
 }
+
+
+#: Those of them that draw, from the seeds.
+DRAWING = ("noise", "cutout")
 
 
 def _exact(device: torch.device) -> torch.dtype:
