@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_automl.callbacks import Heartbeat, TrialPruning, mode_of
 from lightning_automl.cli import AutoMLCLI
+from lightning_automl.density import score_fold
 from lightning_automl.models.cost import latency
 from lightning_automl.parser import adapt_jsonargparse
 from lightning_automl.process import keep_freed_memory, see_working_directory
@@ -19,12 +20,12 @@ from lightning_automl.studies.runs import COSTS
 
 
 def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Do what ``payload["do"]`` says: ``resolve`` or ``check`` configs, or ``fit`` one."""
+    """Do what ``payload["do"]`` says: ``resolve`` or ``check`` configs, ``fit`` one, or score policies by ``density``."""
     os.environ.pop("PL_GLOBAL_SEED", None)
     keep_freed_memory()
     adapt_jsonargparse()
     see_working_directory()
-    actions = {"resolve": _resolve, "check": _check, "fit": _fit}
+    actions = {"resolve": _resolve, "check": _check, "fit": _fit, "density": score_fold}
     return actions[payload["do"]](payload, channel)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import optuna
 import torch
@@ -32,6 +32,13 @@ BATCH = 512
 
 #: Seconds between two moments at which what was recorded is safe from a failure of the power, too.
 _SAFE = 1.0
+
+
+class Images(Protocol):
+    """uint8 images ``(images, channels, height, width)``: a tensor, or what reads them when they are looked at."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Those of some rows."""
 
 
 class FastAutoAugmentSearch(PolicyMethod):
@@ -102,64 +109,90 @@ class FastAutoAugmentSearch(PolicyMethod):
         }
 
 
-def density_values(
-    network: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    policy: Policy | None,
-    *,
-    reduce: Literal["mean", "min"] = "mean",
-    objective: Literal["loss", "error"] = "loss",
-    seed: int = 0,
-    batch: int = BATCH,
-    between: Callable[[], None] = lambda: None,
-) -> float:
-    """Loss or error of a network on images that a policy has augmented: one copy of each image by each sub-policy.
+class DensityMatch:
+    """How well a network recognises held-out images that a policy has augmented: one copy by each sub-policy.
 
     Lim et al., *Fast AutoAugment*, NeurIPS 2019, https://arxiv.org/abs/1905.00397 (equation 4). The copies of all
-    sub-policies go through operations and network together. All draws are made first, so that the value does not
-    depend on ``batch``, but for ``sample_pairing``, whose other image is one of the same batch.
+    sub-policies go through operations and network together. Copies that are as the image was (their steps were not
+    done, or did nothing) are given what the clean image was, which is known.
 
     Args:
         network: Maps uint8 images ``(batch, channels, height, width)`` to logarithms of probabilities ``(batch,
-            classes)``, without training and without remembering anything, each image by itself.
-        images: uint8 ``(images, channels, height, width)``, held out from the network's training; they stay as they
-            are. They are augmented on their device.
+            classes)``, in evaluation mode, each image by itself.
+        images: uint8 ``(images, channels, height, width)``, held out from the network's training, or what gives slices
+            of them; they are augmented on the device they are on.
         labels: int64 ``(images,)``, on the same device.
-        policy: What to do to them; None: nothing, for the value of clean images.
-        reduce: What the copies of an image come to.
-        objective: What of a copy counts.
-        seed: Of the draws.
+        reduce: What the copies of an image come to: their mean or the smallest.
+        objective: What a copy is given: its loss, minus the logarithm of its label's probability; or its error, 1 if
+            another class is more probable.
         batch: Copies at once.
         between: Called after each batch.
 
-    Returns:
-        The mean over the images; NaN if the network gives one.
+    Attributes:
+        clean: Mean over the images as they are: the value of the policy that does nothing.
     """
-    count = len(images)
-    copies = 1 if policy is None else len(policy)
-    generator = torch.Generator().manual_seed(seed)
-    plan = None if policy is None else policy.draw_each(count, generator)
-    step = max(1, batch // copies)
-    sums = []
-    with torch.inference_mode():
-        for first in range(0, count, step):
-            rows = torch.arange(first, min(first + step, count))
-            several = images[first : first + step]
-            if plan is not None and policy is not None:
-                chosen = (torch.arange(copies)[:, None] * count + rows).flatten()
-                several = torch.cat([several] * copies)  # unlike repeat() it keeps the layout in memory
-                several = engine.apply(several, plan[chosen], interpolation=policy.interpolation, fill=policy.fill)
-            scores = network(several).view(copies, len(rows), -1)
-            own = labels[first : first + step].expand(copies, -1)
-            if objective == "loss":
-                values = -scores.gather(2, own[..., None])[..., 0].float()
-            else:
-                # a NaN must not pass for a wrong answer
-                values = (scores.argmax(2) != own).float() + scores.sum(2).float() * 0
-            sums.append((values.mean(0) if reduce == "mean" else values.amin(0)).sum())
-            between()
-    return float(torch.stack(sums).cpu().double().sum()) / count  # the only moment that a device is waited for
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        images: Images,
+        labels: Tensor,
+        *,
+        reduce: Literal["mean", "min"] = "mean",
+        objective: Literal["loss", "error"] = "loss",
+        batch: int = BATCH,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._network = network
+        self._images = images
+        self._labels = labels
+        self._reduce = reduce
+        self._objective = objective
+        self._batch = batch
+        self._between = between
+        with torch.inference_mode():
+            self._clean = torch.cat([self._of(images[rows], labels[rows]) for rows in self._slices(1)])
+            self.clean = float(self._clean.double().mean())
+
+    def __call__(self, policy: Policy, seed: int) -> float:
+        """The mean over the images; NaN if the network gives one.
+
+        All draws are made first, so that the value does not depend on ``batch``, but for ``sample_pairing``, whose
+        other image is one of the same batch.
+
+        Args:
+            policy: What is done to the images.
+            seed: Of its draws.
+        """
+        copies, count = len(policy), len(self._labels)
+        plan = policy.draw_each(count, torch.Generator().manual_seed(seed))
+        places = torch.arange(copies * count).view(copies, count)
+        sums = []
+        with torch.inference_mode():
+            for rows in self._slices(copies):
+                images = torch.cat([self._images[rows]] * copies)  # unlike repeat() it keeps the layout in memory
+                plan_here = plan[places[:, rows].flatten()]
+                changed = engine.apply(images, plan_here, interpolation=policy.interpolation, fill=policy.fill)
+                values = self._clean[rows].repeat(copies)
+                new = (changed != images).flatten(1).any(1).nonzero()[:, 0]
+                if len(new):
+                    values[new] = self._of(changed[new], self._labels[rows].repeat(copies)[new])
+                values = values.view(copies, -1)
+                sums.append((values.mean(0) if self._reduce == "mean" else values.amin(0)).sum())
+            return float(torch.stack(sums).double().sum()) / count
+
+    def _slices(self, copies: int) -> Iterator[slice]:
+        step = max(1, self._batch // copies)
+        for first in range(0, len(self._labels), step):
+            yield slice(first, first + step)
+            self._between()
+
+    def _of(self, images: Tensor, labels: Tensor) -> Tensor:
+        scores = self._network(images).float()
+        if self._objective == "loss":
+            return -scores.gather(1, labels[:, None])[:, 0]
+        wrong = (scores.argmax(1) != labels).float()
+        return wrong.where(~scores.isnan().any(1), math.nan)
 
 
 def default_sampler(seed: int) -> BaseSampler:
