@@ -5,6 +5,7 @@ operations grow towards it. What cannot be said exactly in the other library's w
 """
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -356,7 +357,7 @@ def _timm_step(
         magnitude = 2.5 * ((4 - bits if bits <= 4 else bits - 4) + 0.5)
     elif operation in ("solarize", "solarize_add"):
         name = "SolarizeIncreasing" if operation == "solarize" else "SolarizeAdd"
-        magnitude = 10 * (round(strength) + 0.5) / LEVELS[name].scale
+        magnitude = 10 * (math.floor(strength + 1e-9) + 0.5) / LEVELS[name].scale  # whole levels, as here
     elif operation == "blur":
         name, magnitude = "GaussianBlur", 10 * (strength - 0.1) / 1.9
     else:
