@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,9 +54,11 @@ class Step:
     sign: Literal[-1, 0, 1] = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.operation, str):
+            raise UserError(f"the operation of a step is {self.operation!r}; give a name, such as rotate")
         known = operation(self.operation)
         for name, value in (("probability", self.probability), ("magnitude", self.magnitude)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
                 raise UserError(f"{self.operation} has the {name} {value!r}; give a number in [0, 1]")
             object.__setattr__(self, name, float(value))
         if self.sign not in (-1, 0, 1) or (self.sign and not known.signed):
@@ -145,9 +149,18 @@ class ImagePolicy(v2.Transform, ABC):  # type: ignore[misc]
                 "image (channels, height, width)"
             )
         channels, height, width = images.shape[-3:]
+        if height != width and self._turns:  # in every batch, not only in those where one is drawn
+            raise UserError(
+                f"quarter_turn needs square images and these have {height} x {width} pixels; leave it out of the "
+                "policy or its space, or use rotate"
+            )
         count = 1 if images.ndim == 3 else len(images)
         plan = self.draw(count, channels, (height, width), generator)
         return engine.apply(images, plan, interpolation=self.interpolation, fill=self.filling(images))
+
+    @cached_property
+    def _turns(self) -> bool:
+        return "quarter_turn" in self.operations()
 
     def filling(self, images: Tensor) -> float | list[float] | None:
         """What comes in from outside of these images."""
@@ -314,7 +327,7 @@ class Policy(ImagePolicy):
         return Policy(list(kept.values()), self.space, self.interpolation, self.fill)
 
     def __add__(self, other: "Policy") -> "Policy":
-        return self.merge(other)
+        return self.merge(other) if isinstance(other, Policy) else NotImplemented
 
     def __len__(self) -> int:
         return len(self.sub_policies)
@@ -464,7 +477,7 @@ def _classes() -> dict[str, type[ImagePolicy]]:
     while waiting:
         below = waiting.pop(0).__subclasses__()
         own = [kind for kind in below if kind.__module__.startswith(f"{__package__}.")]
-        found |= {kind.__name__: kind for kind in own}
+        found |= {kind.__name__: kind for kind in own if not kind.__name__.startswith("_")}
         waiting += own
     return found
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _cap(name: str, cap: Any, space: str) -> float | None:
         raise UserError(f"{name} has no strength, and the space {space!r} gives it {cap!r}; give true, or leave it out")
     if cap is None or cap is True:
         return known.strongest
-    if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap <= known.limit:
+    if isinstance(cap, bool) or not isinstance(cap, Real) or not 0 < float(cap) <= known.limit:
         raise UserError(
             f"the space {space!r} allows {name} up to {cap!r}; give a number above 0 and up to {known.limit:g} "
             f"{known.unit}, true for {known.strongest:g}, or leave it out to forbid it"
@@ -152,6 +153,11 @@ def load_space(spec: str | Path | Mapping[str, Any] | OperationSpace) -> Operati
         return _from_mapping(spec, "the space")
     if isinstance(spec, str) and spec in SPACES:
         return SPACES[spec]
+    if not isinstance(spec, str | Path):
+        raise UserError(
+            f"{spec!r} is no space of operations; give one of {', '.join(SPACES)}, or a YAML file or mapping with name "
+            "and operations"
+        )
     path = Path(spec)
     if not path.is_file():
         close = get_close_matches(str(spec), SPACES, n=1)

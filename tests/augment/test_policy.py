@@ -72,8 +72,7 @@ def noise(*shape, seed=0):
 def test_every_class_of_policy_is_in_the_list_of_this_file():
     from lightning_automl.augment.policy import _classes
 
-    shown = {name for name in _classes() if not name.startswith("_")}
-    assert {type(policy).__name__ for policy in POLICIES} == shown
+    assert {type(policy).__name__ for policy in POLICIES} == set(_classes())
 
 
 # Files
@@ -179,6 +178,8 @@ WRONG_STEPS = [
     ({"operation": "posterize", "sign": 1}, "one way only"),
     ({"operation": "rotate", "magnitud": 1}, r"unknown key 'magnitud'; did you mean magnitude\?"),
     ({"probability": 1.0}, "needs operation"),
+    ({"operation": None}, "the operation of a step is None; give a name"),
+    ({"operation": ["rotate"]}, "give a name, such as rotate"),
     ("rotate", "'rotate' is no step"),
 ]
 
@@ -187,6 +188,20 @@ WRONG_STEPS = [
 def test_a_wrong_step_is_told_in_one_sentence(step, message):
     with pytest.raises(UserError, match=message):
         Policy([[step]])
+
+
+def test_numbers_of_numpy_are_numbers():
+    step = Step("rotate", np.float32(0.5), np.float64(0.25))
+    assert step == Step("rotate", 0.5, 0.25)
+    assert type(step.probability) is float
+
+
+def test_quarter_turns_are_refused_for_all_images_that_are_not_square():
+    policy = Policy([[Step("quarter_turn", 0.0)]])
+    for images in (noise(2, 3, 8, 9), noise(3, 8, 9)):
+        with pytest.raises(UserError, match="quarter_turn needs square images and these have 8 x 9 pixels"):
+            policy.apply(images)
+    assert policy.apply(noise(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 
 def test_an_unknown_interpolation_is_told():
@@ -213,6 +228,8 @@ def test_merging_keeps_each_sub_policy_once():
     )
     with pytest.raises(UserError, match="cannot be merged"):
         first.merge(Policy([[Step("rotate")]], "natural"))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        first + TrivialAugment()
 
 
 # Draws

@@ -177,6 +177,12 @@ def test_a_file_that_holds_no_space_is_named(tmp_path, text):
         load_space(path)
 
 
+@pytest.mark.parametrize("spec", [3, True, ["rotate"]])
+def test_what_is_no_space_is_told(spec):
+    with pytest.raises(UserError, match="is no space of operations; give one of natural"):
+        load_space(spec)
+
+
 def test_a_space_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SPACES["natural"].name = "x"  # type: ignore[misc]
