@@ -172,6 +172,8 @@ def _class_names(key: str) -> Iterator[str]:
         from optuna.samplers import BaseSampler
 
         bases = (BasePruner,) if key.endswith("pruner") else (BaseSampler,)
+    elif key == "method":
+        bases = (sys.modules["lightning_automl.search.policies"].PolicyMethod,)  # above this floor
     else:
         from lightning.pytorch import Callback, LightningDataModule
         from torch import nn

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 import optuna
@@ -23,14 +23,27 @@ from lightning_automl.search.spaces import Space
 from lightning_automl.search.study import derived_seed
 from lightning_automl.studies.runs import COSTS
 
+if TYPE_CHECKING:
+    from lightning_automl.search.policies import PolicyMethod
+
 #: Keys of a run by which the search gives trials their processes and devices.
 _NOT_SEARCHED = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator")
 
 #: What the sampler is told by the search, and so does not have to be given.
 _FILLED = {"search_space", "total"}
 
+#: Keys of a search for augmentation policies alone, and those that it has no use for.
+METHOD_KEYS = ("method", "acceptance")
+_NOT_OF_METHODS = ("space", "epochs", "enqueue", "retrain")
+_NOT_OF_FAST = ("storage", "pruner")
 
-def _parser() -> jsonargparse.ArgumentParser:
+
+def _parser(policies: bool) -> jsonargparse.ArgumentParser:
+    """The parser of search configs.
+
+    Args:
+        policies: Whether the search may be one for augmentation policies, the classes of which need torch.
+    """
     parser = jsonargparse.ArgumentParser(
         prog="lightning-automl search",
         description="Search over a fit config. Keys of the run itself are given as --run.<dotted key>; --dry-run shows "
@@ -51,7 +64,7 @@ def _parser() -> jsonargparse.ArgumentParser:
             "What to search for: metrics, parameters, flops, latency (ms); the run's monitor by default.",
         ),
         "direction": (str | list[str] | None, None, "minimize or maximize, one a monitor; by their names by default."),
-        "trials": (int | None, None, "Trials in all, over all machines."),
+        "trials": (int | None, None, "Trials in all, over all machines; of Fast AutoAugment for each fold and round."),
         "epochs": (int | None, None, "Epochs in all, over all machines."),
         "timeout": (time, None, "Time for this command, as 90s, 30m or 2h."),
         "space": (plain | str | None, None, "What is varied, by name or dotted path; or a file that says it."),
@@ -60,7 +73,18 @@ def _parser() -> jsonargparse.ArgumentParser:
             None,
             "Values to try first, by name; {} is the unchanged run, which is the default. [] for none.",
         ),
-        "folds": (int | None, None, "A trial is the mean over so many folds, and is pruned after a fold."),
+        "folds": (
+            int | None,
+            None,
+            "A trial is the mean over so many folds, and is pruned after a fold. With a method: the folds that "
+            "policies are searched on, 5 by default.",
+        ),
+        "acceptance": (
+            plain | None,
+            {"folds": 2, "seeds": 3},
+            "With a method: on how many folds that the search does not see, and with how many seeds on each, its "
+            "policy is compared with none and TrivialAugment; null for no comparison.",
+        ),
         "seed": (int, 0, "Of the sampler."),
         "name": (str | None, None, "Of the study; that of the config file by default."),
         "storage": (
@@ -80,7 +104,29 @@ def _parser() -> jsonargparse.ArgumentParser:
         BaseSampler, "sampler", skip=_FILLED, required=False, help="Any of Optuna's or ours; TPESampler by default."
     )
     parser.add_subclass_arguments(BasePruner, "pruner", required=False, help="Any of Optuna's; none by default.")
+    if policies:
+        from lightning_automl.search import autoaugment, fast_autoaugment  # noqa: F401  # so that their names are known
+        from lightning_automl.search.policies import PolicyMethod
+
+        words = "In place of space: how augmentation policies are searched, FastAutoAugmentSearch or AutoAugmentSearch."
+        parser.add_subclass_arguments(PolicyMethod, "method", required=False, help=words)
+    else:
+        parser.add_argument("--method", type=plain | None, default=None)
     return parser
+
+
+def _names_method(arguments: Sequence[str]) -> bool:
+    """Whether a command line, or a config that it names, may have a ``method``, or asks for help."""
+    if any(re.match(r"-h$|--(help|method)\b", each) for each in arguments):
+        return True
+    before = ["", *arguments[:-1]]
+    files = [each for key, each in zip(before, arguments, strict=True) if key == "--config"]
+    files += [each.removeprefix("--config=") for each in arguments if each.startswith("--config=")]
+    for file in files:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # which the parser tells
+            if re.search(r"^ *[\"']?method\b", Path(file).read_text(), re.MULTILINE):
+                return True
+    return False
 
 
 class SearchConfig:
@@ -93,7 +139,8 @@ class SearchConfig:
     Attributes:
         given: All keys, as jsonargparse has them.
         dry: Whether three sampled configs are to be shown and nothing trained.
-        space: What is varied.
+        space: What is varied, without a method.
+        method: How augmentation policies are searched, in place of a space; None for a study over a space.
         name: Of the study.
         monitors: Those that were given.
         run_arguments: The command line of the run that is varied.
@@ -109,7 +156,7 @@ class SearchConfig:
         own, overrides = _split(arguments)
         self.dry = "--dry-run" in own
         own = _with_saved_config([each for each in own if each != "--dry-run"])
-        self._parser = _parser()
+        self._parser = _parser(_names_method(own))
         try:
             self.given = self._parser.parse_args(own)
         except jsonargparse.ArgumentError as error:
@@ -123,7 +170,8 @@ class SearchConfig:
             raise UserError(f"there is no search in {given.dir}; give a search config by --config")
         if given.run is None:
             raise UserError("a search needs the fit config that it varies; give it as run: in the search config")
-        if not given.space:
+        self.method = None if given.method is None else self._method()
+        if not given.space and self.method is None:
             raise UserError("the space is empty; name at least one value of the run to vary under space:")
         if given.workers < 1:
             raise UserError(f"workers is {given.workers}; it must be 1 or more")
@@ -142,16 +190,8 @@ class SearchConfig:
         self.timeout = seconds_of("timeout", given.timeout)
         self.silence = seconds_of("hang_timeout", given.hang_timeout)
         self.limit = seconds_of("trial_timeout", given.trial_timeout)
-        if isinstance(given.space, str):
-            given.space = _space_of(_beside(given.space, files, "space"))
-        self.space = Space.parse(plain(given.space))
-        for name, parameter in self.space.parameters.items():
-            if parameter.path.startswith(_NOT_SEARCHED):
-                raise UserError(f"{name}: {parameter.path} cannot be searched, since trials share the devices; fix it")
-        if self.is_sampler(BruteForceSampler):
-            self.space.check_finite()
-        for values in plain(given.enqueue or []):
-            self.space.encode(values)  # refuses what is not of the space
+        if self.method is None:
+            self.space = self._space(files)
         if not self._limited():
             raise UserError("a search needs a limit; give trials, epochs or timeout")
         self.name = given.name or (files[-1].stem if files else "search")
@@ -160,6 +200,56 @@ class SearchConfig:
         self.monitors: list[str] = _as_list(given.monitor)
         self._check_monitors()
         self.run_arguments = ["--config", str(self._run_file(files, held).resolve()), *overrides]
+
+    def _space(self, files: Sequence[Path]) -> Space:
+        given = self.given
+        if isinstance(given.space, str):
+            given.space = _space_of(_beside(given.space, files, "space"))
+        space = Space.parse(plain(given.space))
+        for name, parameter in space.parameters.items():
+            if parameter.path.startswith(_NOT_SEARCHED):
+                raise UserError(f"{name}: {parameter.path} cannot be searched, since trials share the devices; fix it")
+        if self.is_sampler(BruteForceSampler):
+            space.check_finite()
+        for values in plain(given.enqueue or []):
+            space.encode(values)  # refuses what is not of the space
+        return space
+
+    def _method(self) -> "PolicyMethod":
+        """How policies are searched; what the search leaves open is filled in."""
+        given = self.given
+        with _quietly():
+            try:
+                method: PolicyMethod = self._parser.instantiate_classes(_namespace(method=given.method)).method
+            except Exception as error:
+                raise _refused("method", error) from error
+        name = type(method).__name__
+        useless = (*_NOT_OF_METHODS, *(_NOT_OF_FAST if name == "FastAutoAugmentSearch" else ()))
+        for key in useless:
+            if given[key] != self._parser.get_default(key):
+                raise UserError(f"method is {name}, and {key} says nothing to it; leave one of the two out")
+        if given.trials is None:
+            given.trials = 200
+        if given.folds is None:
+            given.folds = 5
+        self._fill_acceptance()
+        return method
+
+    def _fill_acceptance(self) -> None:
+        """Complete what was said of the comparison that a searched policy has to stand, and refuse what cannot be."""
+        wanted = self.given.acceptance
+        if wanted is None:
+            return
+        default = {"folds": 2, "seeds": 3}
+        if unknown := sorted(map(str, wanted.keys() - default.keys())):
+            raise UserError(f"unknown key {unknown[0]!r} of acceptance; known: folds, seeds")
+        wanted = default | plain(wanted)
+        for key, value in wanted.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"acceptance.{key} is {value!r}; it must be 1 or more, or acceptance be null")
+        if wanted["folds"] * wanted["seeds"] < 2:
+            raise UserError("acceptance has one fold and one seed, of which no interval can be told; give more of one")
+        self.given.acceptance = wanted
 
     def _check_monitors(self) -> None:
         """Refuse what can be seen to be wrong before a run has logged anything."""
@@ -173,6 +263,11 @@ class SearchConfig:
             raise UserError(
                 f"monitor is {', '.join(self.monitors)}; give a metric beside, since a search without one is lost"
             )
+        if self.method is not None:
+            if len(self.monitors) > 1 or any(name in COSTS for name in self.monitors):
+                raise UserError(f"monitor is {', '.join(self.monitors)}; policies are compared by one metric of val")
+            if self.is_sampler(PopulationSampler):
+                raise UserError("population based training searches no policies; leave the sampler out")
         if self.is_sampler(PopulationSampler):
             if len(self.monitors) > 1:
                 raise UserError("population based training has one monitor, a metric; leave the others out")
@@ -191,6 +286,11 @@ class SearchConfig:
         """Whether the sampler that was given is of this class."""
         spec = self.given.sampler
         return spec is not None and spec.class_path.rsplit(".", 1)[-1] == cls.__name__
+
+    def sampler_spec(self) -> dict[str, Any] | None:
+        """The sampler that was given, as JSON can hold it, for a process that makes it itself."""
+        spec: dict[str, Any] | None = plain(self.given.sampler)
+        return spec
 
     def _limited(self) -> bool:
         given = self.given
@@ -213,13 +313,14 @@ class SearchConfig:
             raise UserError(f"direction has {len(given)} values for {len(by_name)} monitors; give one for each")
         return given
 
-    def sampler(self, trainer: Mapping[str, Any], existing: int = 0, token: str = "") -> BaseSampler:
+    def sampler(self, space: Space, trainer: Mapping[str, Any], existing: int = 0, token: str = "") -> BaseSampler:
         """The sampler of the config, with seeds, the grid and the length of a run filled in.
 
         The seed decides about the first process of a study; one that comes later must not draw the same values again.
         Samplers whose seed is a part of what they visit keep it.
 
         Args:
+            space: What it chooses from.
             trainer: The run's arguments of the trainer.
             existing: Trials that the study has already.
             token: Tells apart processes that work on the study at once.
@@ -238,13 +339,13 @@ class SearchConfig:
             arguments = dict(spec.get("init_args") or {})
             try:
                 if self.is_sampler(GridSampler):
-                    return GridSampler(self.space.grid(), **arguments)
+                    return GridSampler(space.grid(), **arguments)
                 if self.is_sampler(PopulationSampler):
                     _check_segments(trainer, arguments.get("ready", 1))
                     return PopulationSampler(total=trainer["max_epochs"], **arguments)
                 built: BaseSampler = self._parser.instantiate_classes(_namespace(sampler=spec)).sampler
                 if isinstance(built, GroupwiseSampler):
-                    built.check(list(self.space.parameters))
+                    built.check(list(space.parameters))
             except Exception as error:
                 raise _refused("sampler", error) from error
             return built

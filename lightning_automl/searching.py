@@ -10,41 +10,33 @@ import os
 import platform
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import yaml
 from optuna.samplers import BruteForceSampler, GridSampler
 from optuna.trial import TrialState
 
-from lightning_automl.mistakes import ending, one_sentence, root_cause
+from lightning_automl.mistakes import ending
 from lightning_automl.process import messages, see_working_directory
-from lightning_automl.results import report
 from lightning_automl.rundir import (
     UserError,
     differences,
     flatten,
-    lock,
-    new_directory,
     read_json,
-    remove_partial_files,
-    summarise,
     write_json,
-    write_text,
 )
-from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.pruners import hyperband_sentence
 from lightning_automl.search.samplers import PopulationSampler
 from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import open_storage
 from lightning_automl.search.study import StudyFailed, identifier, open_study, search
 from lightning_automl.search.trials import TrialServer
+from lightning_automl.search_command import SearchCommand, counted
 from lightning_automl.search_config import SearchConfig, plain
 from lightning_automl.studies.configs import TrialConfigs, of_fold, of_seed
 from lightning_automl.studies.files import StudyFiles
@@ -53,12 +45,8 @@ from lightning_automl.studies.runs import COSTS, RANK, FitTrials, directory_of
 
 log = logging.getLogger("lightning_automl")
 
-#: Keys that may change when a search is continued; those of ``_GROWING`` may only grow.
-_CHANGEABLE = ("timeout", "workers", "storage", "retrain", "hang_timeout", "trial_timeout")
-_GROWING = ("trials", "epochs")
-
 #: Keys of a run that may differ between the machines that share a study.
-_LOCAL = (
+LOCAL = (
     "data.init_args.path",
     "data.init_args.labels",
     "data.init_args.cache",
@@ -67,55 +55,41 @@ _LOCAL = (
 )
 
 
-class Search:
-    """One ``search`` command.
+class Search(SearchCommand):
+    """A study over a fit config."""
 
-    Args:
-        arguments: The command line behind ``search``.
-        held: Closes what the command opens.
-    """
+    #: Files that it leaves.
+    artefacts: ClassVar[tuple[str, ...]] = ("best.yaml", "trials.csv", "study.json", "retrain.json")
 
-    def __init__(self, arguments: Sequence[str], held: contextlib.ExitStack) -> None:
-        self.held = held
-        self.config = SearchConfig(arguments, held)
-        self.given = self.config.given
-        self.space = self.config.space
-
-    def __call__(self, log_to: Callable[[Path], None]) -> None:
-        """Search, and leave in the directory what was found."""
-        given = self.given
-        scratch = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
-        gpus = visible_gpus()
-        self.server = self.held.enter_context(TrialServer(RANK))
-        if given.dir is not None and not self.config.dry:
-            self._claim(Path(given.dir), log_to)
-        resolved = self._ask(
-            scratch,
-            do="resolve",
-            arguments=self.config.run_arguments,
-            monitors=self.config.monitors,
-            gpus=len(gpus) // given.workers,
-            seed=given.seed,
-        )
-        self.base: dict[str, Any] = resolved["config"]
-        self.monitors: list[str] = resolved["monitors"]
-        self.directions = self.config.directions(resolved["directions"])
-        self.ranks: int = resolved["ranks"]
+    def _check(self, scratch: Path) -> None:
+        self.space = self._space()
         watch = next((name for name in self.monitors if name not in COSTS), None)
-        self.configs = TrialConfigs(
-            self.base,
-            self.space,
-            watch,
-            self.directions[self.monitors.index(watch)] if watch else "maximize",
-            scratch if given.dir is None else Path(given.dir),
-            scheduled=self.config.is_sampler(PopulationSampler),
+        self.configs = self._make_configs(
+            watch, self.directions[self.monitors.index(watch)] if watch else "maximize", scratch
         )
-        on_gpu = self.base["trainer"]["accelerator"] != "cpu"
-        self.slices = slices(given.workers, self.ranks, gpus if on_gpu else (), _cores())
-        self.sampler = self.config.sampler(self.base["trainer"])
+        self.sampler = self.config.sampler(self.space, self.base["trainer"])
         self.pruner = self.config.pruner(self.directions, self.sampler)
         if self.pruner is not None and (sentence := hyperband_sentence(self.pruner)):
             log.warning("%s", sentence)
+        self._check_runs(scratch)
+
+    def _space(self) -> Space:
+        """What is varied."""
+        return self.config.space
+
+    def _make_configs(self, watch: str | None, direction: str, directory: Path) -> TrialConfigs:
+        return TrialConfigs(
+            self.base,
+            self.space,
+            watch,
+            direction,
+            directory,
+            scheduled=self.config.is_sampler(PopulationSampler),
+        )
+
+    def _check_runs(self, scratch: Path) -> None:
+        """Read configs of all kinds that may be tried, and build one."""
+        given = self.given
         base = self.configs.of_trial({}, {})
         built = [base if given.folds is None else of_fold(base, 0, given.folds)]
         if given.retrain:
@@ -125,14 +99,6 @@ class Search:
         sampled = [self.configs.of_trial(values, {}) for values in (unchanged, *_covering(self.space))]
         found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=sampled, built=built)
         self.unchanged = self._unchanged(unchanged, differences(base, found["resolved"][0]))
-        if self.config.dry:
-            self._show()
-            return
-        if given.dir is None:
-            self._claim(new_directory(self.config.name), log_to)
-            self.configs.directory = self.directory
-        self._settle()
-        self._search(resolved["environment"])
 
     def _unchanged(self, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any] | None:
         """The values of the run as it is, or None if the space does not contain them."""
@@ -153,65 +119,15 @@ class Search:
         log.info("the run as it is lies outside of the space (%s) and is not tried", where)
         return None
 
-    def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
-        """Let a process of the trial server answer; its mistakes are the user's."""
-        log_file = scratch / "server.txt"
-        found = self.server.run(payload, ranks=1, threads=1, log=log_file, on_message=lambda message: None)
-        if found.kind == "done":
-            assert found.result is not None
-            return found.result
-        if found.exception in ("UserError", "MisconfigurationException"):
-            raise UserError(found.reason)
-        tail = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
-        raise RuntimeError(f"{found.reason}\n{tail}")
-
     def _claim(self, directory: Path, log_to: Callable[[Path], None]) -> None:
-        """Hold the directory for this command, and open the storage."""
-        saved = directory / "config.yaml"
-        if saved.exists() and "space" not in (yaml.safe_load(saved.read_text()) or {}):
-            raise UserError(f"{directory} is the directory of a run, not of a search; give another --dir")
-        strange = {path.name for path in directory.glob("[!.]*")} - {"log.txt", "study.db"}
-        if strange and not saved.exists():
-            raise UserError(
-                f"{directory} is not the directory of a search and not empty (it holds {min(strange)}); "
-                "give another --dir"
-            )
-        self.held.enter_context(lock(directory))
-        remove_partial_files(directory)
-        self.directory = directory
-        log_to(directory / "log.txt")
+        super()._claim(directory, log_to)
         self.storage, self.url = open_storage(self.given.storage, directory)
 
     def _resolved(self) -> dict[str, Any]:
-        """The search as it is kept: with the whole run, without the directory."""
-        kept = {key: value for key, value in plain(self.given).items() if key not in ("config", "dir")}
+        kept = super()._resolved()
         if kept["storage"] is not None:
             kept["storage"] = self.url  # without a password
-        return kept | {
-            "run": self.base,
-            "monitor": self.monitors,
-            "direction": self.directions,
-            "name": self.config.name,
-        }
-
-    def _settle(self) -> None:
-        """Write down what the search is, after looking whether the directory takes it."""
-        saved = self.directory / "config.yaml"
-        now = yaml.safe_load(yaml.safe_dump(self._resolved()))
-        if saved.exists():
-            for key, (old, new) in differences(yaml.safe_load(saved.read_text()), now).items():
-                if key in _GROWING and (new is None or (old is not None and new >= old)):
-                    continue
-                if key in _GROWING:
-                    raise UserError(
-                        f"{self.directory} was started with {key}={old}, now it is {new}; limits can only grow"
-                    )
-                if key.split(".")[0] not in _CHANGEABLE:
-                    raise UserError(
-                        f"{self.directory} was started with {key}={old}, now it is {new}; give the former value to "
-                        "continue it, or another --dir to start anew"
-                    )
-        write_text(saved, yaml.safe_dump(now, sort_keys=False))
+        return kept
 
     def _check_study(self, study: optuna.Study, environment: Mapping[str, Any]) -> None:
         """Refuse a directory that has trials of another study; their numbers would be taken for this one's."""
@@ -227,8 +143,8 @@ class Search:
 
     def _search(self, environment: Mapping[str, Any]) -> None:
         given = self.given
-        started = time.monotonic()
-        run = {key: value for key, value in flatten(self.base).items() if key not in _LOCAL}
+        self.configs.directory = self.directory
+        run = {key: value for key, value in flatten(self.base).items() if key not in LOCAL}
         study, made = open_study(
             self.config.name,
             self.storage,
@@ -243,7 +159,7 @@ class Search:
         if not made:
             others = not existing or any(trial.state == TrialState.RUNNING for trial in trials)
             study.sampler = self.config.sampler(
-                self.base["trainer"], existing, f"{platform.node()} {os.getpid()}" if others else ""
+                self.space, self.base["trainer"], existing, f"{platform.node()} {os.getpid()}" if others else ""
             )
         self._check_study(study, environment)
         log.info("study %r in %s", self.config.name, self.url)
@@ -255,14 +171,14 @@ class Search:
             self.monitors,
             self.slices,
             self.ranks,
-            folds=given.folds,
+            folds=self._folds(),
             silence=self.config.silence,
             limit=self.config.limit,
         )
         files = StudyFiles(
             study, self.configs, self.directory, self.monitors, self.record(), self.url, self._expected_trials()
         )
-        try:
+        with self._noting_failure(lambda: files.write(final=False)):
             with files:
                 search(
                     study,
@@ -278,31 +194,12 @@ class Search:
                 )
             files.write()
             metrics, opened = self._results(files)
-        except BaseException as error:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_sentence(root_cause(error))
-            seconds = time.monotonic() - started
-            with contextlib.suppress(OSError):  # the disk may be full, which is what is being reported
-                summarise(self.directory, "search", "failed", seconds=seconds, reason=reason)
-            try:
-                files.write(final=False)
-                if isinstance(error, StudyFailed):
-                    report(self.directory)
-            except Exception as other:  # the first one is told
-                log.debug("the tables were not written: %s", other)
-            raise
-        names = ("best.yaml", "trials.csv", "study.json", "retrain.json", "report.html")
-        left = {Path(name).stem: name for name in names if (self.directory / name).exists() or name == "report.html"}
-        summarise(
-            self.directory,
-            "search",
-            "finished",
-            metrics=metrics,
-            seconds=time.monotonic() - started,
-            opened=opened,
-            artefacts=left,
-            forget="test_",
-        )
-        report(self.directory)
+        self._finish(metrics, opened, self.artefacts)
+
+    def _folds(self) -> int | None:
+        """Over how many folds a trial is the mean."""
+        folds: int | None = self.given.folds
+        return folds
 
     def _results(self, files: StudyFiles) -> tuple[dict[str, float], int]:
         """What the best trial came to, and if asked for its retrained runs; and how often these open the test split."""
@@ -350,13 +247,12 @@ class Search:
         limits = [f"{given[key]} {key}" for key in ("trials", "epochs") if given[key]]
         limits += [f"{given.timeout} of time"] if self.config.timeout else []
         told = (
-            f"{' or '.join(limits) or 'all of the space'}; {_counted(given.workers, 'trial')} at once, of "
-            f"{_counted(self.ranks, 'process', 'processes')} with {_counted(self.slices[0].threads, 'thread')} each"
+            f"{' or '.join(limits) or 'all of the space'}; {counted(given.workers, 'trial')} at once, of "
+            f"{counted(self.ranks, 'process', 'processes')} with {counted(self.slices[0].threads, 'thread')} each"
         )
-        return f"{told}; {_counted(existing, 'trial')} before" if existing else told
+        return f"{told}; {counted(existing, 'trial')} before" if existing else told
 
     def _show(self) -> None:
-        """Print three configs as they would be tried."""
         study = optuna.create_study(sampler=self.sampler if not self.config.is_sampler(PopulationSampler) else None)
         for number in range(3):
             values = self.space.suggest(study.ask())
@@ -364,11 +260,6 @@ class Search:
             for key, (_, value) in differences(self.configs.trained({}, {}), self.configs.trained(values, {})).items():
                 print(f"{key}: {yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
             print()
-        print("nothing was trained")
-
-
-def _counted(number: int, one: str, several: str | None = None) -> str:
-    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
 def _check_paths(base: Mapping[str, Any], space: Space) -> None:
@@ -406,10 +297,6 @@ def _covering(space: Space) -> list[dict[str, Any]]:
     return found
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
     see_working_directory()
@@ -418,7 +305,13 @@ def run(arguments: list[str]) -> int:
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         with messages() as log_to, contextlib.ExitStack() as held:
-            Search(arguments[1:], held)(log_to)
+            config = SearchConfig(arguments[1:], held)
+            kind: Callable[..., SearchCommand] = Search
+            if config.method is not None:  # policies are made of tensors, and other searches do without torch
+                from lightning_automl.policy_searching import command_of
+
+                kind = command_of(config.method)
+            kind(config, held.enter_context(TrialServer(RANK)), held)(log_to)
     except SystemExit as error:  # --help
         return int(error.code or 0)
     except StudyFailed as error:

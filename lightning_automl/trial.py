@@ -20,7 +20,7 @@ from lightning_automl.studies.runs import COSTS
 
 
 def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Do what ``payload["do"]`` says: ``resolve`` or ``check`` configs, ``fit`` one, or score policies by ``density``."""
+    """Do what ``payload["do"]`` says: ``resolve``, ``check`` or ``fit`` configs, or score policies by ``density``."""
     os.environ.pop("PL_GLOBAL_SEED", None)
     keep_freed_memory()
     adapt_jsonargparse()

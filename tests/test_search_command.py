@@ -132,7 +132,7 @@ def test_a_seed_and_one_worker_give_one_list_of_configs(searched, tmp_path):
 
 @pytest.mark.slow
 def test_what_comes_out_is_a_config_tables_and_a_test_of_retrained_seeds(searched, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_automl.searching._cores", lambda: 1)  # as many threads as the run by hand
+    monkeypatch.setattr("lightning_automl.search_command._cores", lambda: 1)  # as many threads as the run by hand
     answer = searched("--retrain", "2", trials=2)
     assert answer.status == 0, answer.err
     study = tmp_path / "study"
@@ -246,7 +246,7 @@ def test_several_objectives_leave_a_front(searched, tmp_path):
 
 @pytest.mark.slow
 def test_the_winner_of_population_based_training_is_replayed_bit_for_bit(searched, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_automl.searching._cores", lambda: 1)  # as many threads as the run by hand
+    monkeypatch.setattr("lightning_automl.search_command._cores", lambda: 1)  # as many threads as the run by hand
     answer = searched(
         run=run_of(network="TunableCNN", epochs=4),
         space=LR | {"momentum": {"float": [0.0, 0.99], "path": f"{OPTIMIZER}.momentum"}},

@@ -1,7 +1,7 @@
 """From the values of a trial to the config of its run, and back to the config that a user trains."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,7 @@ class TrialConfigs:
 
     def of_trial(self, values: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the trial's run: the same, but the test split stays closed."""
-        config = shared_cache(self.trained(values, attributes), self.directory)
-        config["test_after_fit"] = False
-        config["trainer"]["enable_progress_bar"] = False
-        return config
+        return closed(self.trained(values, attributes), self.directory)
 
     def _optimizer_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {self.space.parameters[name].path.removeprefix(_OPTIMIZER): value for name, value in values.items()}
@@ -90,9 +87,14 @@ def shared_cache(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     return changed
 
 
-def of_fold(config: Mapping[str, Any], fold: int, folds: int) -> dict[str, Any]:
-    """The config of a run on one fold."""
-    return _with_data(config, fold=fold, folds=folds)
+def of_fold(config: Mapping[str, Any], fold: int, folds: int, without: Sequence[int] = ()) -> dict[str, Any]:
+    """The config of a run on one fold; it does without the images of other folds."""
+    return _with_data(config, fold=fold, folds=folds, **({"without_folds": list(without)} if without else {}))
+
+
+def with_policy(config: Mapping[str, Any], policy: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The config of a run that is trained with a policy: the file of one, or its class and arguments."""
+    return _with_data(config, train_policy=policy if isinstance(policy, str) else dict(policy))
 
 
 def of_seed(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -100,13 +102,27 @@ def of_seed(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
     The last epoch counts: there is no split left by which another could be chosen, or training be stopped early.
     """
-    final = _with_data(config, train_on_val=True)
+    final = to_its_end(_with_data(config, train_on_val=True))
     final |= {"seed_everything": seed, "test_after_fit": True}
     final["trainer"]["limit_val_batches"] = 0
-    final["trainer"]["callbacks"] = [
-        each for each in _callbacks(final) if not each["class_path"].endswith(".EarlyStopping")
-    ]
     return final
+
+
+def to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run of which the last epoch counts: nothing stops it early."""
+    whole = copy.deepcopy(dict(config))
+    whole["trainer"]["callbacks"] = [
+        each for each in _callbacks(whole) if not each["class_path"].endswith(".EarlyStopping")
+    ]
+    return whole
+
+
+def closed(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The config of a run of a search: the test split stays closed, and images are decoded once for all runs."""
+    changed = shared_cache(config, directory)
+    changed["test_after_fit"] = False
+    changed["trainer"]["enable_progress_bar"] = False
+    return changed
 
 
 def _callbacks(config: Mapping[str, Any]) -> list[Any]:

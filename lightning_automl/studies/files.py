@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_automl.rundir import write_text
 from lightning_automl.search.records import best_trials, write_records
 from lightning_automl.search.workers import counts
 from lightning_automl.studies.configs import TrialConfigs
+from lightning_automl.studies.progress import bar
 
 log = logging.getLogger("lightning_automl")
 
@@ -64,15 +64,7 @@ class StudyFiles:
         self._advance: Callable[[int, str], None] = lambda done, best: None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich import get_console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            bar = Progress(*columns, TimeRemainingColumn(), console=get_console(), transient=True)
-            task = bar.add_task("", total=self.trials)
-            self._advance = lambda done, best: bar.update(task, completed=done, description=best)
-            self._held.enter_context(bar)
+        self._advance = self._held.enter_context(bar("trials", self.trials))
         return self
 
     def __exit__(

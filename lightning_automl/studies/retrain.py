@@ -3,19 +3,15 @@
 import logging
 import math
 import statistics
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import yaml
-
-from lightning_automl.rundir import UserError, read_json, write_json, write_text
+from lightning_automl.rundir import read_json, write_json
 from lightning_automl.search.devices import Slice
 from lightning_automl.search.trials import TrialServer
 from lightning_automl.studies.configs import of_seed, shared_cache
+from lightning_automl.studies.workers import Workers
 
 log = logging.getLogger("lightning_automl")
 
@@ -52,46 +48,18 @@ def retrain(
 
     Raises:
         UserError: If the run refuses the config, for example since its data module has no ``train_on_val``.
-        RuntimeError: If a run failed.
+        StudyFailed: If a run failed.
     """
-    stop = threading.Event()
-    free: SimpleQueue[Slice] = SimpleQueue()
-    for each in slices:
-        free.put(each)
+    workers = Workers(server, slices, ranks, silence=silence)
 
     def train(seed: int) -> dict[str, Any]:
         place = directory / "retrain" / f"trial-{trial:04d}" / f"seed-{seed}"
-        if (read_json(place / "summary.json") or {}).get("status") != "finished":
-            if not (place / "config.yaml").exists():
-                own_config = of_seed(shared_cache(config, directory), seed)
-                write_text(place / "config.yaml", yaml.safe_dump(own_config, sort_keys=False))
-            own = free.get()
-            try:
-                ending = server.run(
-                    {"do": "fit", "directory": str(place.resolve()), "watch": None, "costs": []},
-                    ranks=ranks,
-                    threads=own.threads,
-                    log=place / "output.txt",
-                    environment=own.environment,
-                    on_message=lambda message: None,
-                    silence=silence,
-                    stop=stop,
-                )
-            finally:
-                free.put(own)
-            if ending.kind != "done":
-                error = UserError if ending.exception == "UserError" else RuntimeError
-                raise error(f"retraining with seed {seed} failed: {ending.reason} (see {place / 'output.txt'})")
-        metrics = read_json(place / "summary.json")["metrics"]
+        own = of_seed(shared_cache(config, directory), seed)
+        metrics = workers.fit(f"retraining with seed {seed}", own, place)["metrics"]
         log.info("retrained with seed %d: %s", seed, _shown(metrics))
         return {"seed": seed, "directory": str(place.relative_to(directory)), "metrics": metrics}
 
-    with ThreadPoolExecutor(len(slices)) as pool:
-        try:
-            runs = list(pool.map(train, seeds))
-        except BaseException:  # the executor waits for all threads, so let them end
-            stop.set()
-            raise
+    runs = workers.each(train, seeds)
     names = [name for name in runs[0]["metrics"] if name.startswith("test_")]
     record = {
         "trial": trial,
