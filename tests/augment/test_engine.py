@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lightning_automl.augment import AutoAugment, Policy, RandAugment, TrivialAugment, geometry
+from lightning_automl.augment import AutoAugment, Policy, RandAugment, TrivialAugment, engine, geometry
 from lightning_automl.augment.engine import Plan, apply
 from lightning_automl.augment.ops import OPS
 from lightning_automl.rundir import UserError
@@ -65,7 +65,7 @@ def policies():
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_a_batch_is_its_images_one_by_one(dtype, channels, interpolation):
-    count = 3 * len(OPS)
+    count = 2 * len(OPS)
     images = pictures(count, channels, dtype=dtype)
     plan = mixed_plan(count, without=["sample_pairing"])
     together = apply(images, plan, interpolation=interpolation)
@@ -87,6 +87,19 @@ def test_other_images_of_the_batch_do_not_matter():
     others = images.clone()
     others[::2] = torch.rand(others[::2].shape, generator=generator(9))
     torch.testing.assert_close(apply(others, plan)[1::2], before[1::2], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_how_many_images_are_worked_on_at_once_does_not_matter(dtype, interpolation, monkeypatch):
+    count = 4 * len(OPS)
+    images, plan = pictures(count, dtype=dtype), mixed_plan(count)
+    results = []
+    for numbers in (2**40, 5 * images[0].numel(), 1):
+        monkeypatch.setattr(engine, "_BLOCK", numbers)
+        results.append(apply(images, plan, interpolation=interpolation))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-6, rtol=0)
 
 
 def test_sample_pairing_takes_images_as_they_came_in():
