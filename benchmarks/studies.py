@@ -37,14 +37,14 @@ def small_cifar100(data_root: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def search(config: dict[str, Any], directory: Path, *arguments: str) -> dict[str, Any]:
-    """Run a search to its end, or go on with it, and return its ``study.json``."""
+def search(config: dict[str, Any], directory: Path, *arguments: str, record_name: str = "study.json") -> dict[str, Any]:
+    """Run a search to its end, or go on with it, and return its ``study.json`` or another record that it leaves."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = directory.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     command = [sys.executable, "-m", "lightning_automl", "search", "--config", str(file), "--dir", str(directory)]
     subprocess.run([*command, *arguments], check=True)
-    record: dict[str, Any] = json.loads((directory / "study.json").read_text())
+    record: dict[str, Any] = json.loads((directory / record_name).read_text())
     return record
 
 
