@@ -11,20 +11,36 @@ from lightning_automl.plots.importances import parameter_importances
 from lightning_automl.plots.intermediate import intermediate_values
 from lightning_automl.plots.parallel import parallel_coordinates
 from lightning_automl.plots.pareto import pareto_front
+from lightning_automl.plots.policies import (
+    ImageRow,
+    KeptOperation,
+    acceptance_values,
+    captioned_images,
+    density_history,
+    operations_kept,
+    paired_differences,
+)
 from lightning_automl.plots.population import Segment, population_history, value_schedule
 from lightning_automl.plots.slices import value_slice
 
 __all__ = [
     "Dimension",
+    "ImageRow",
+    "KeptOperation",
     "Segment",
+    "acceptance_values",
     "adapter_outputs",
     "best_so_far",
+    "captioned_images",
     "class_counts",
     "class_recall",
     "confusion_matrix",
+    "density_history",
     "intermediate_values",
     "learning_curves",
+    "operations_kept",
     "optimisation_history",
+    "paired_differences",
     "parallel_coordinates",
     "parameter_importances",
     "pareto_front",

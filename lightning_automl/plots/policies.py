@@ -24,7 +24,12 @@ _CELL = 1.3  # inches
 _LINE = 0.125  # inches of a line of a caption
 _CAPTION = 20  # characters of a line
 #: Rounds in their order; in print without colours they are told apart by their dashes.
-_ROUNDS = (("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", ":"), ("#E69F00", "-."))
+_ROUNDS: tuple[tuple[str, Any], ...] = (
+    ("#D55E00", "-"),
+    ("#009E73", "--"),
+    ("#CC79A7", "-."),
+    ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
+)
 _MEAN: dict[str, Any] = {"marker": "o", "markersize": 6, "color": COLOURS["val"], "markeredgecolor": "black"}
 
 
@@ -277,9 +282,10 @@ def density_history(title: str, rounds: Mapping[int, Sequence[float]], clean: fl
             best = best_so_far([value for _, value in points], False)
             across = [*(trial for trial, _ in points), len(values)]
             label = f"best, round {number + 1}"
-            axes.step(across, [*best, best[-1]], dashes, where="post", color=colour, linewidth=1.8, label=label)
+            style = {"linestyle": dashes, "color": colour, "linewidth": 1.8}
+            axes.step(across, [*best, best[-1]], where="post", label=label, **style)
     if clean is not None and math.isfinite(clean):
-        axes.axhline(clean, color="black", linewidth=1.2, linestyle=(0, (1, 1.5)), label="unchanged images")
+        axes.axhline(clean, color="black", linewidth=1.5, linestyle=":", label="unchanged images")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("trial")
     axes.set_ylabel(name, parse_math=False)

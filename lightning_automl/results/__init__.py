@@ -2,9 +2,21 @@
 
 from lightning_automl.results.classify import classify
 from lightning_automl.results.export import export
+from lightning_automl.results.policy_pictures import draw_pictures
+from lightning_automl.results.policy_search import PolicySearchRecord
 from lightning_automl.results.predictor import Predictor
 from lightning_automl.results.report import report
 from lightning_automl.results.run import Predictions, Run
 from lightning_automl.results.study import StudyRecord
 
-__all__ = ["Predictions", "Predictor", "Run", "StudyRecord", "classify", "export", "report"]
+__all__ = [
+    "PolicySearchRecord",
+    "Predictions",
+    "Predictor",
+    "Run",
+    "StudyRecord",
+    "classify",
+    "draw_pictures",
+    "export",
+    "report",
+]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_automl.plots.policies import ImageRow
+from lightning_automl.plots import ImageRow
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.policy_search import PolicySearchRecord, read_policy
 from lightning_automl.results.sections.policy_words import done_words, operation_name, policy_words
@@ -183,7 +183,7 @@ def draw_pictures(directory: str | Path) -> list[Path]:
     Raises:
         UserError: If it is not one, or a file of it is damaged.
     """
-    from lightning_automl.plots.policies import captioned_images
+    from lightning_automl.plots import captioned_images
 
     record = PolicySearchRecord.read(directory)
     shown = examples(record.evidence)

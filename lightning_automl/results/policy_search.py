@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Of ``policy_search.json``.
 VERSION = 1
 #: What the arms of the acceptance are called.
-ARMS = {"none": "no policy", "trivial_augment": "TrivialAugment", "searched": "the searched policy"}
+ARMS = {"none": "no policy", "trivial_augment": "TrivialAugment", "searched": "searched policy"}
 #: Keys of the config that the record repeats.
 _FOLDS, _TRIALS = 5, 200
 
@@ -281,7 +281,11 @@ class PolicySearchRecord:
     @property
     def clean(self) -> Mapping[int, float]:
         """The value of unchanged images by fold, as far as it is known."""
-        return {fold: _number(value) for fold, value in enumerate(self.record.get("identity_values") or ())}
+        known = self.record.get("identity_values")
+        if known is None:
+            of_folds = (read_json(self.directory / "density" / f"fold-{fold}.json") for fold in range(self.folds))
+            known = [(each or {}).get("identity") for each in of_folds]
+        return {fold: float(value) for fold, value in enumerate(known) if value is not None}
 
     @cached_property
     def evidence(self) -> Evidence | None:
@@ -352,7 +356,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and "number" in entry:  # the first line says what the others are of
             found.append(entry)
     return found
 

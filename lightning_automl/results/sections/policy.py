@@ -1,11 +1,11 @@
 """Section about how the images of a run were augmented, shown on some of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.evidence import Evidence, gallery
-from lightning_automl.results.page import Folded, Section, Table, Text
+from lightning_automl.results.page import Folded, Gallery, Section, Table, Text
 from lightning_automl.results.sections.policy_words import (
     MINUS,
     operation_name,
@@ -15,15 +15,20 @@ from lightning_automl.results.sections.policy_words import (
 )
 
 if TYPE_CHECKING:
+    from lightning_automl.plots import ImageRow
     from lightning_automl.results.policy_pictures import Examples
 
 _BASE = {
-    "crop": "First they are shifted by up to an eighth of their size, with zeros from outside.",
-    "crop_flip": "First they are shifted by up to an eighth of their size, with zeros from outside, and half of them "
-    "are mirrored left to right.",
+    "crop": "First they are shifted by up to an eighth of their size, with zeros from outside, and no more than "
+    "the policy's space allows.",
+    "crop_flip": "First they are shifted by up to an eighth of their size, with zeros from outside, and no "
+    "more than the policy's space allows; half of them are mirrored left to right.",
 }
-#: Images of a row: 7 fill a line of a wide page.
 _IMAGES = 3
+#: With the original they fill a line of a wide page and two of a narrow one.
+_DRAWS = 5
+#: Images of operations at their strongest: of more, only those of the first original are shown.
+_STRONGEST = 40
 
 
 def augmentation(evidence: Evidence) -> Section | None:
@@ -42,12 +47,11 @@ def augmentation(evidence: Evidence) -> Section | None:
             "Augmentation", [Text("The policy of this run cannot be shown, since its data cannot be opened.")]
         )
     from lightning_automl.augment import ImagePolicy
-
-    blocks: list[Any] = [Text(_sentence(policy, arguments))]
     from lightning_automl.results.policy_pictures import SPACE_IMAGES, examples
 
     shown = examples(evidence, _IMAGES)
-    blocks += drawn(policy, shown)
+    said = f"{_sentence(policy, arguments)} Below, each original with some draws of the policy alone. {shown.note}"
+    blocks: list[Any] = [Text(said.strip()), *drawn(policy, shown)]
     if isinstance(policy, ImagePolicy) and policy_words(policy) != "no policy":
         blocks += [*sub_policies(policy), *strongest(policy, shown.first(SPACE_IMAGES))]
     return Section("Augmentation", blocks)
@@ -76,12 +80,16 @@ def drawn(policy: Any, shown: "Examples") -> list[Any]:
     from lightning_automl.results.policy_pictures import policy_rows
 
     try:
-        rows = policy_rows(policy, shown)
+        rows = policy_rows(policy, shown, draws=_DRAWS)
     except Exception as error:  # whatever a function of the user raises
         return [Text(f"The policy cannot be shown: {one_sentence(root_cause(error)).removesuffix('.')}.")]
-    note = [Text(shown.note)] if shown.note else []
-    said = Text("Each original, and what the policy makes of it in six draws; below each what was done, in this order.")
-    return [*note, *(gallery(row.images) for row in rows), said]
+    return [gallery(row.images) for row in rows]
+
+
+def galleries(rows: "Sequence[ImageRow]") -> list[Gallery]:
+    """Operations at their strongest, on as many images as leave room for other things."""
+    first = len(rows[0].images)
+    return [gallery(row.images) for row in rows[: max(1, _STRONGEST // first)]]
 
 
 def sub_policies(policy: Any) -> list[Any]:
@@ -116,4 +124,4 @@ def strongest(policy: Any, shown: "Examples") -> list[Any]:
     else:
         caps = space.caps
         said = f"{space_words(space)} Below they are at their strongest: check that each image still is what it was."
-    return [Text(said), *(gallery(row.images) for row in strongest_rows(caps, shown))]
+    return [Text(said), *galleries(strongest_rows(caps, shown))]

@@ -25,17 +25,24 @@ class _Wording:
     amount: Callable[[float], str] = lambda strength: ""
 
 
+def _digits(value: float, most: int) -> str:
+    """With so many decimals at most, but not 0 for what is not 0."""
+    text = f"{value:.{most}f}"
+    text = text.rstrip("0").rstrip(".") if most else text
+    return text if float(text) or not value else f"less than {10.0**-most:g}"
+
+
 def _percent(share: float) -> str:
-    text = f"{100 * abs(share):.1f}".removesuffix(".0")
+    text = _digits(100 * abs(share), 1)
     return f"{text}\N{NO-BREAK SPACE}%"
 
 
 def _short(value: float) -> str:
-    return f"{abs(value):.2f}".rstrip("0").rstrip(".")
+    return _digits(abs(value), 2)
 
 
 def _degrees(value: float) -> str:
-    return f"{abs(value):.0f}°"
+    return f"{_digits(abs(value), 0 if abs(value) >= 9.95 else 1)}°"
 
 
 def _factor(name: str) -> Callable[[float], str]:
@@ -81,6 +88,9 @@ WORDS: dict[str, _Wording] = {
         "solarize",
         lambda s: f"solarized from level {256 - s:.0f} on" if s < 256 else "solarized, all levels",
         lambda s: f"from level {256 - s:.0f} on",
+    ),
+    "solarize_add": _Wording(
+        "solarize by adding", lambda s: f"dark levels raised by {s:.0f}", lambda s: f"{s:.0f} levels"
     ),
     "posterize": _Wording("posterize", lambda s: f"{_bits(s)} of 8 bits kept", lambda s: f"{_bits(s)} bits kept"),
     "contrast": _Wording("contrast", _factor("contrast"), _percent),

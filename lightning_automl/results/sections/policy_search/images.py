@@ -3,10 +3,9 @@
 from typing import Any
 
 from lightning_automl.mistakes import one_sentence, root_cause
-from lightning_automl.results.evidence import gallery
 from lightning_automl.results.page import Section, Text
 from lightning_automl.results.policy_search import PolicySearchRecord
-from lightning_automl.results.sections.policy import drawn, sub_policies
+from lightning_automl.results.sections.policy import drawn, galleries, sub_policies
 from lightning_automl.results.sections.policy_words import space_words
 
 _IMAGES = 3
@@ -24,7 +23,7 @@ def policy(record: PolicySearchRecord) -> Section | None:
     if not found:
         return None
     shown = examples(record.evidence, _IMAGES)
-    blocks: list[Any] = []
+    blocks: list[Any] = [Text(f"Each original with some draws of the policy. {shown.note}".strip())]
     for said, each in found:
         blocks += [Text(f"{said}."), *drawn(each, shown), *sub_policies(each)]
     return Section(title, blocks)
@@ -39,12 +38,15 @@ def space(record: PolicySearchRecord) -> Section | None:
         found = record.open_space()
         if found is None:
             return None
-        rows = strongest_rows(found.caps, examples(record.evidence, SPACE_IMAGES))
+        shown = examples(record.evidence, SPACE_IMAGES)
+        rows = strongest_rows(found.caps, shown)
     except Exception as error:
         return Section(title, [_refused("The space", error)])
     text = f"{space_words(found)} Below each is at its strongest: check that every image still is what it was."
-    reason = [Text(found.reason)] if found.reason else []
-    return Section(title, [Text(text), *reason, *(gallery(row.images) for row in rows)])
+    if found.reason:
+        text += f" The reason for this space: {found.reason.removesuffix('.')}."
+    note = [Text(shown.note)] if shown.note else []
+    return Section(title, [Text(text), *note, *galleries(rows)])
 
 
 def _refused(what: str, error: Exception) -> Text:

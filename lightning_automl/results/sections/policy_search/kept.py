@@ -16,7 +16,7 @@ def kept(record: PolicySearchRecord) -> Section | None:
     if not steps:
         return None
     from lightning_automl.augment import OPS
-    from lightning_automl.plots.policies import KeptOperation, operations_kept
+    from lightning_automl.plots import KeptOperation, operations_kept
 
     space = record.open_space()
     names = list(dict.fromkeys(step["operation"] for step in steps))
@@ -39,9 +39,8 @@ def kept(record: PolicySearchRecord) -> Section | None:
     head = ["operation", "steps", "mean probability", "mean magnitude", "that is"]
     table = Table(head, [rows[place] for place in order])
     unused = [drawn[place].name for place in order if not drawn[place].count]
-    text = f"{counted(len(steps), 'step')} in the {counted(len(record.kept), 'policy')} that were kept.".replace(
-        "policys", "policies"
-    )
+    policies = "1 policy that was" if len(record.kept) == 1 else f"{len(record.kept):,} policies that were"
+    text = f"{counted(len(steps), 'step')} in the {policies} kept."
     if unused:
         text += f" Never kept: {joined(unused)}."
     text += " A magnitude of 1 is the strongest that the space allows; some operations have none."
@@ -74,6 +73,6 @@ def _values(record: PolicySearchRecord) -> list[Text]:
     return [
         Text(
             f"Their mean {record.objective} is {metric(own)}, that of unchanged images {metric(unchanged)}; "
-            f"{below} of {len(pairs)} are no worse than unchanged images."
+            f"{below} of {len(pairs)} lie at or below that of their fold's."
         )
     ]

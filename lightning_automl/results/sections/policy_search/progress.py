@@ -14,7 +14,7 @@ def history(record: PolicySearchRecord) -> Section | None:
     """The best value by trial, for each fold and round."""
     if not record.by_density or not any(record.values.values()):
         return None
-    from lightning_automl.plots.policies import density_history
+    from lightning_automl.plots import density_history
 
     clean = record.clean
     folds = sorted({fold for fold, _ in record.values})
@@ -28,9 +28,11 @@ def history(record: PolicySearchRecord) -> Section | None:
         for fold in folds[:_FOLDS]
     }
     text = (
-        "Points: policies that were scored; lines: the best one so far of each round. A policy at the dotted line is "
-        "as easy for the network as unchanged images are."
+        "Points: policies that were scored, small triangles those beyond the picture; lines: the best one so far of "
+        "each round."
     )
+    if clean:
+        text += " A policy at the dotted line is as easy for the network as unchanged images are."
     if len(folds) > _FOLDS:
         text += f" {counted(len(folds) - _FOLDS, 'more fold')} are left out."
     return Section("How the best policies were found", [pictures(**drawn), Text(text)])
@@ -38,11 +40,12 @@ def history(record: PolicySearchRecord) -> Section | None:
 
 def failures(record: PolicySearchRecord) -> Section | None:
     """Where policies gave no value."""
-    rows = [
-        [f"fold {fold + 1}, round {number + 1}", f"{failed(values)} of {len(values)}"]
-        for (fold, number), values in record.values.items()
-        if failed(values)
-    ]
+    folds = sorted({fold for fold, _ in record.values})
+    rows: list[list[Any]] = []
+    for fold in folds:
+        own = [values for (each, _), values in record.values.items() if each == fold]
+        if any(map(failed, own)):
+            rows.append([f"fold {fold + 1}", f"{sum(map(failed, own))} of {sum(map(len, own))}"])
     if not rows:
         return None
     text = "Their values were no numbers; they were never kept. The reasons are in trials.csv."

@@ -3,7 +3,7 @@
 import math
 
 from lightning_automl.results.page import Notes, Section
-from lightning_automl.results.policy_search import Acceptance, Comparison, PolicySearchRecord, failed
+from lightning_automl.results.policy_search import ARMS, Acceptance, Comparison, PolicySearchRecord, failed
 from lightning_automl.results.sections.policy_words import MINUS
 from lightning_automl.results.sections.wording import counted, duration, joined, metric
 
@@ -76,7 +76,7 @@ def comparison(record: PolicySearchRecord) -> list[str]:
 
 
 def _adopted(record: PolicySearchRecord, found: Acceptance) -> str:
-    name = next((arm.label for arm in found.arms if arm.name == found.adopted), found.adopted)
+    name = "the searched policy" if found.adopted == "searched" else ARMS.get(found.adopted, found.adopted)
     space = f" in the space {record.space_name}" if found.adopted == "trivial_augment" and record.space_name else ""
     return f"policy.json names {name}{space}"
 
@@ -89,16 +89,16 @@ def _runs(found: Acceptance) -> str:
 
 def _gap(each: Comparison, found: Acceptance) -> str:
     """An arm, with how far the searched policy is from it, in words."""
+    name = "training without a policy" if each.against == "none" else each.label
     if not math.isfinite(each.difference):
-        return f"{each.label} (no values to compare)"
+        return f"{name} (no values to compare)"
     size = metric(abs(each.difference))
-    more, less = ("higher", "lower")
-    direction = more if each.difference > 0 else less
+    direction = "higher" if each.difference > 0 else "lower"
     interval = "no interval, since all differences are equal"
     if math.isfinite(each.low) and math.isfinite(each.high):
         interval = f"95 % interval {signed(each.low)} to {signed(each.high)}"
     text = f"{found.metric} {size} {direction}, {interval}" if each.difference else f"the same {found.metric}"
-    return f"{each.label} ({text}{', so that it is worse' if worse(each, found) else ''})"
+    return f"{name} ({text}{', so that it is worse' if worse(each, found) else ''})"
 
 
 def worse(each: Comparison, found: Acceptance) -> bool:
@@ -135,7 +135,8 @@ def cautions(record: PolicySearchRecord) -> Section:
             f"What the space {name} allows, and how much of it, are choices to be reviewed by somebody who reads such "
             "images: look at its picture below."
         )
-    notes.append("The test split was not opened by this search. Test with a run that is trained with policy.json.")
+    if record.finished and not (record.summary or {}).get("test_opened"):
+        notes.append("The test split was not opened by this search: best.yaml opens it, once, when it is trained.")
     notes.append("The numbers hold for images like these. This program is not a medical device.")
     return Section("To keep in mind", [Notes(notes)])
 
