@@ -82,8 +82,8 @@ def operation(name: str) -> Operation:
     Raises:
         UserError: If there is none; the closest one is named.
     """
-    if name not in OPS:
-        close = get_close_matches(name, OPS, n=1)
+    if not isinstance(name, str) or name not in OPS:  # names come from files
+        close = get_close_matches(str(name), OPS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown image operation {name!r}; {hint}known: {', '.join(OPS)}")
     return OPS[name]
