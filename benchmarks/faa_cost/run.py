@@ -14,7 +14,6 @@ import yaml
 
 from benchmarks import results
 from benchmarks.studies import search
-from lightning_automl.rundir import read_json
 
 HERE = Path(__file__).parent
 RUN = Path("configs/baseline/digits_cnn.yaml")
@@ -55,40 +54,49 @@ def main() -> None:
 def _fast(run: dict[str, Any], epochs: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Search with Fast AutoAugment; what its folds and its scores took."""
     place = arguments.work / "fast"
-    method = {"class_path": "FastAutoAugmentSearch", "init_args": {"space": "natural", "rounds": arguments.rounds}}
+    settings = {"space": "natural", "rounds": arguments.rounds, "keep": min(10, arguments.trials)}
+    method = {"class_path": "FastAutoAugmentSearch", "init_args": settings}
     config = {"run": run, "method": method, "folds": arguments.folds, "trials": arguments.trials, "acceptance": None}
     record = search(config, place, f"--workers={arguments.workers}", record_name="policy_search.json")
-    scores = [float(row["seconds"]) for row in _rows(place) if row["state"] == "COMPLETE"]
-    assert len(scores) == record["evaluations"] == arguments.folds * arguments.rounds * arguments.trials
-    folds = [read_json(folder / "summary.json") for folder in sorted((place / "folds").iterdir())]
-    trained = sum(fold["seconds"] for fold in folds if fold is not None)
+    assert record["evaluations"] == arguments.folds * arguments.rounds * arguments.trials
+    with (place / "trials.csv").open(newline="") as file:
+        scores = [float(row["seconds"]) for row in csv.DictReader(file)]
+    trained, scored = record["seconds"]["folds"], record["seconds"]["density"]
     return {
         "search": "Fast AutoAugment",
-        "policies": len(scores),
-        "networks": len(folds),
+        "policies": record["evaluations"],
+        "networks": arguments.folds,
         "epochs_of_each": epochs,
-        "epochs": epochs * len(folds),
-        "seconds": trained + sum(scores),
+        "epochs": record["epochs"]["folds"],
+        "seconds": trained + scored,
         "seconds_of_networks": trained,
-        "seconds_of_scores": sum(scores),
-        "policies_a_second": len(scores) / sum(scores),
+        "seconds_of_scores": scored,
+        "policies_a_second": len(scores) / scored,
         "median_score_ms": 1000 * statistics.median(scores),
-        "wall_seconds": record["seconds"],
     }
 
 
 def _slow(run: dict[str, Any], epochs: int, policies: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train some children with AutoAugment; what as many as ``policies`` would take."""
+    """Train some children with AutoAugment; what as many as ``policies`` would take.
+
+    Their epochs alone count, with validation; of Fast AutoAugment also what a run does before and after its epochs.
+    """
     place = arguments.work / "children"
     config = {
         "run": run,
-        "method": {"class_path": "AutoAugmentSearch", "init_args": {"space": "natural"}},
+        "method": {
+            "class_path": "AutoAugmentSearch",
+            "init_args": {"space": "natural", "keep": min(5, arguments.children)},
+        },
         "folds": arguments.folds,
         "trials": arguments.children,
         "acceptance": None,
     }
     search(config, place, f"--workers={arguments.workers}", record_name="policy_search.json")
-    children = [float(row["seconds"]) for row in _rows(place) if row["state"] == "COMPLETE"]
+    children = []
+    for number in range(arguments.children):
+        with (place / "trials" / f"{number:04d}" / "metrics.csv").open(newline="") as file:
+            children.append(sum(float(row["seconds"]) for row in csv.DictReader(file)))
     return {
         "search": "AutoAugment, extrapolated",
         "policies": policies,
@@ -98,11 +106,6 @@ def _slow(run: dict[str, Any], epochs: int, policies: int, arguments: argparse.N
         "seconds": statistics.fmean(children) * policies,
         "seconds_of_children": children,
     }
-
-
-def _rows(place: Path) -> list[dict[str, str]]:
-    with (place / "trials.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:

@@ -185,7 +185,8 @@ def fit_config(condition: Condition, data: Path) -> dict[str, Any]:
 
 def find_policy(condition: Condition, data: Path, place: Path) -> dict[str, Any]:
     """Search with Fast AutoAugment; its record. The policy is in ``place``."""
-    method = {"class_path": "FastAutoAugmentSearch", "init_args": {"space": condition.space}}
+    settings = {"space": condition.space, "keep": min(10, condition.trials)}
+    method = {"class_path": "FastAutoAugmentSearch", "init_args": settings}
     config = {
         "run": fit_config(condition, data),
         "method": method,
