@@ -1,11 +1,10 @@
 """Density matching in a process of the trial server: policies scored on the fold that a network was not trained on."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from lightning.pytorch import Trainer
 from optuna.samplers import BaseSampler
@@ -19,7 +18,7 @@ from lightning_automl.search.channel import Channel
 from lightning_automl.search.fast_autoaugment import (
     DensityMatch,
     FastAutoAugmentSearch,
-    default_sampler,
+    sampler_maker,
     search_round,
     seed_of,
 )
@@ -30,9 +29,6 @@ _PIXELS = 2**22
 
 #: Bytes of held-out images that are kept on the device; more are read batch by batch.
 _KEPT = 2**30
-
-#: Samplers that remember more than the trials that have ended, or do not take a seed for each.
-_REMEMBERING = ("CmaEsSampler", "GridSampler", "BruteForceSampler", "QMCSampler", "PopulationSampler")
 
 
 def score_fold(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -199,29 +195,3 @@ def trained_network(run: Run) -> tuple[Callable[[Tensor], Tensor], torch.device]
         return probabilities(task, logits.float()).clamp_min(tiny).log()
 
     return score, device
-
-
-def sampler_maker(spec: Mapping[str, Any] | None) -> Callable[[int], BaseSampler]:
-    """Make samplers with a seed, from a ``class_path`` and ``init_args``.
-
-    Raises:
-        UserError: If such a sampler cannot go on from the trials alone.
-    """
-    if spec is None:
-        return default_sampler
-    name = spec["class_path"].rsplit(".", 1)[-1]
-    if name in _REMEMBERING:
-        raise UserError(
-            f"{name} needs more than the policies that were scored, and could not go on after an interruption; "
-            "use TPESampler, GPSampler or RandomSampler"
-        )
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(BaseSampler, "sampler")
-
-    def make(seed: int) -> BaseSampler:
-        arguments = {**(spec.get("init_args") or {}), "seed": seed}
-        read = parser.parse_object({"sampler": {"class_path": spec["class_path"], "init_args": arguments}})
-        sampler: BaseSampler = parser.instantiate(read).sampler
-        return sampler
-
-    return make

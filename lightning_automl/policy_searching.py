@@ -17,13 +17,13 @@ from lightning_automl.augment import Identity, ImagePolicy, Policy, TrivialAugme
 from lightning_automl.augment.policy import policy_to_dict
 from lightning_automl.results.policy_pictures import draw_pictures
 from lightning_automl.results.run import Run
-from lightning_automl.rundir import UserError, read_json, write_json, write_text
+from lightning_automl.rundir import UserError, write_json, write_text
 from lightning_automl.search.autoaugment import AutoAugmentSearch
-from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch
+from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch, sampler_maker
 from lightning_automl.search.policies import PolicyMethod, PolicySpace, Scored, best_of, merged
 from lightning_automl.search.spaces import Space
 from lightning_automl.search_command import SearchCommand, counted
-from lightning_automl.searching import Search
+from lightning_automl.searching import Search, covering
 from lightning_automl.studies.acceptance import SEARCHED, compare, run_of
 from lightning_automl.studies.configs import TrialConfigs, of_fold, with_policy
 from lightning_automl.studies.files import StudyFiles
@@ -40,8 +40,7 @@ _ARMS = 3
 class _PolicySearch(SearchCommand):
     """What all searches for policies do with what they find."""
 
-    #: What may have been left.
-    found: ClassVar[tuple[str, ...]] = (
+    artefacts: ClassVar[tuple[str, ...]] = (
         *("policy.json", "searched_policy.json", "best.yaml", "trials.csv", "policy_search.json", "study.json"),
         *("policy.png", "space.png"),
     )
@@ -97,23 +96,17 @@ class _PolicySearch(SearchCommand):
         size = tuple(self.images.get("image_size", (1, 1)))
         return self.method.policies(self.images.get("channels", 3), (size[0], size[1]))
 
-    def _keep_searched(self, policy: Policy, searched_with: int) -> None:
-        """Write the policy that was found. What was trained with a former one, of fewer trials, is put aside.
-
-        Args:
-            policy: The searched one.
-            searched_with: Number of trials that it comes from.
-        """
+    def _keep_searched(self, policy: Policy) -> None:
+        """Write the policy that was found; what was trained with one of fewer trials is put aside."""
         save_policy(policy, self.directory / "searched_policy.json")
         kept = self.directory / "acceptance" / SEARCHED
         path = kept / "policy.json"
-        now = policy_to_dict(policy)
-        before = read_json(path)
-        if before is not None and before["policy"] != now:
-            aside = self.directory / "superseded" / f"searched-of-{before['trials']}-trials"
-            aside.parent.mkdir(exist_ok=True)
+        if path.exists() and load_policy(path) != policy:
+            former = self.directory / "superseded"
+            former.mkdir(exist_ok=True)
+            aside = former / f"searched-{len(list(former.iterdir())) + 1}"
             kept.rename(aside)
-            log.info("%s: trained with the policy of %s trials, before these grew", aside, before["trials"])
+            log.info("more trials have found another policy; what was trained with the former one is in %s", aside)
         if self.apart:
             save_policy(policy, path)
 
@@ -202,14 +195,14 @@ class _PolicySearch(SearchCommand):
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         write_text(path, f"# lightning-automl fit --config {path}\n# {about}\n{text}")
 
-    def _workers(self) -> Workers:
+    def _workers(self, timeout: float | None) -> Workers:
         return Workers(
             self.server,
             self.slices,
             self.ranks,
             silence=self.config.silence,
             limit=self.config.limit,
-            timeout=self.config.timeout,
+            timeout=timeout,
         )
 
     def _metrics(self, acceptance: Mapping[str, Any] | None) -> dict[str, float]:
@@ -264,6 +257,7 @@ class FastAutoAugment(_PolicySearch):
     def _check(self, scratch: Path) -> None:
         super()._check(scratch)
         self.config.sampler(self._policies().as_space(), self.base["trainer"])  # refuses its arguments
+        sampler_maker(self.config.sampler_spec())  # refuses one that cannot go on after a kill
 
     def _show(self) -> None:
         given = self.given
@@ -282,7 +276,7 @@ class FastAutoAugment(_PolicySearch):
         given = self.given
         if not (self.directory / "environment.json").exists():
             write_json(self.directory / "environment.json", environment)
-        workers = self._workers()
+        workers = self._workers(self.config.timeout)
         self.searches = FoldSearches(
             workers,
             self.base,
@@ -312,13 +306,13 @@ class FastAutoAugment(_PolicySearch):
                 counted(len(kept), "policy", "policies"),
                 counted(len(policy), "sub-policy", "sub-policies"),
             )
-            self._keep_searched(policy, given.trials)
+            self._keep_searched(policy)
             self._write()
             acceptance = self._accept(policy, workers)
             self._write(acceptance)
             self._write_best()
             draw_pictures(self.directory)
-        self._finish(self._metrics(acceptance), 0, self.found)
+        self._finish(self._metrics(acceptance), 0, self.artefacts)
 
     def _write(self, acceptance: Mapping[str, Any] | None = None) -> None:
         """Write the table of trials and the record."""
@@ -365,8 +359,6 @@ class AutoAugment(_PolicySearch, Search):
     A child is trained on all folds that are searched on but the first, and scored by the monitored metric on the first.
     """
 
-    artefacts: ClassVar[tuple[str, ...]] = _PolicySearch.found
-
     def _check(self, scratch: Path) -> None:
         _PolicySearch._check(self, scratch)
         Search._check(self, scratch)
@@ -383,6 +375,11 @@ class AutoAugment(_PolicySearch, Search):
 
     def _check_runs(self, scratch: Path) -> None:
         self.unchanged = None  # the run as it is has no policy, and so is not in the space
+        child = self.configs.of_trial(next(iter(covering(self.space, 1))), {})
+        self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=[child], built=[])
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"apart": self.apart, "method": self.method.arguments()}
 
     def _folds(self) -> int | None:
         return None
@@ -405,10 +402,9 @@ class AutoAugment(_PolicySearch, Search):
         self._places = sorted((self.directory / "trials").glob("*"))
         best = self._best(files)
         policy = merged(self.method.policies(), best)
-        finished = sum(trial.state.is_finished() for trial in files.study.get_trials(deepcopy=False))
-        self._keep_searched(policy, finished)
+        self._keep_searched(policy)
         self._write(files, best, None)
-        acceptance = self._accept(policy, self._workers())
+        acceptance = self._accept(policy, self._workers(None))  # the time is that of the study
         self._write(files, best, acceptance)
         self._write_best()
         draw_pictures(self.directory)

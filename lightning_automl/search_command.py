@@ -189,7 +189,11 @@ class SearchCommand(ABC):
             names: Files that the search may have left.
         """
         names = (*names, "report.html")
-        left = {Path(name).stem: name for name in names if (self.directory / name).exists() or name == "report.html"}
+        left = {
+            f"{Path(name).stem}_picture" if name.endswith(".png") else Path(name).stem: name
+            for name in names
+            if (self.directory / name).exists() or name == "report.html"
+        }
         summarise(
             self.directory,
             "search",

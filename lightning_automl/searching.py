@@ -46,7 +46,7 @@ from lightning_automl.studies.runs import COSTS, RANK, FitTrials, directory_of
 log = logging.getLogger("lightning_automl")
 
 #: Keys of a run that may differ between the machines that share a study.
-LOCAL = (
+_LOCAL = (
     "data.init_args.path",
     "data.init_args.labels",
     "data.init_args.cache",
@@ -96,7 +96,7 @@ class Search(SearchCommand):
             built.append(of_seed(base, given.seed))
         _check_paths(self.base, self.space)
         unchanged = self.space.values_in(self.base)
-        sampled = [self.configs.of_trial(values, {}) for values in (unchanged, *_covering(self.space))]
+        sampled = [self.configs.of_trial(values, {}) for values in (unchanged, *covering(self.space))]
         found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=sampled, built=built)
         self.unchanged = self._unchanged(unchanged, differences(base, found["resolved"][0]))
 
@@ -144,7 +144,6 @@ class Search(SearchCommand):
     def _search(self, environment: Mapping[str, Any]) -> None:
         given = self.given
         self.configs.directory = self.directory
-        run = {key: value for key, value in flatten(self.base).items() if key not in LOCAL}
         study, made = open_study(
             self.config.name,
             self.storage,
@@ -152,7 +151,7 @@ class Search(SearchCommand):
             self.sampler,
             self.pruner,
             space=self.space,
-            identity={"monitors": self.monitors, "folds": given.folds, "run": run},
+            identity=self._identity(),
         )
         trials = study.get_trials(deepcopy=False)
         existing = len(trials)
@@ -195,6 +194,11 @@ class Search(SearchCommand):
             files.write()
             metrics, opened = self._results(files)
         self._finish(metrics, opened, self.artefacts)
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for all who join the study, besides its space."""
+        run = {key: value for key, value in flatten(self.base).items() if key not in _LOCAL}
+        return {"monitors": self.monitors, "folds": self.given.folds, "run": run}
 
     def _folds(self) -> int | None:
         """Over how many folds a trial is the mean."""
@@ -282,12 +286,12 @@ def _check_paths(base: Mapping[str, Any], space: Space) -> None:
             place = place.get(key)
 
 
-def _covering(space: Space) -> list[dict[str, Any]]:
-    """Few sampled values in which every name and every choice of the space occurs, as far as sampling finds them."""
+def covering(space: Space, draws: int = 300) -> list[dict[str, Any]]:
+    """Few sampled values in which every name and choice of the space occurs, as far as so many draws find them."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     seen: set[tuple[str, Any]] = set()
     found = []
-    for _ in range(300):
+    for _ in range(draws):
         values = space.suggest(study.ask())
         # A number of a range stands for all, a choice for itself.
         now = {(name, repr(value) if isinstance(value, str | bool | None) else "") for name, value in values.items()}

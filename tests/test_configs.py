@@ -51,6 +51,8 @@ def test_config_runs_by_the_command_of_its_first_line(config, command, make_npz,
         )
         if "PopulationSampler" in config.read_text():
             small += ("--sampler.init_args.ready=1",)
+        if "method:" in config.read_text():
+            small += ("--folds=2", "--method.init_args.keep=1", "--acceptance=null")
         answer = command(*arguments, *small, "--trials=2")
     else:
         answer = command(*arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+import jsonargparse
 import optuna
 import torch
 from optuna.distributions import BaseDistribution
@@ -29,6 +30,9 @@ from lightning_automl.search.study import derived_seed
 
 #: Images that the network gets at once, when nothing else is said; several copies of an image count as several.
 BATCH = 512
+
+#: Samplers that remember more than the trials that have ended, or do not take a seed for each.
+_REMEMBERING = ("CmaEsSampler", "GridSampler", "BruteForceSampler", "QMCSampler", "PopulationSampler")
 
 #: Seconds between two moments at which what was recorded is safe from a failure of the power, too.
 _SAFE = 1.0
@@ -198,6 +202,32 @@ class DensityMatch:
 def default_sampler(seed: int) -> BaseSampler:
     """What proposes policies when nothing else is said."""
     return TPESampler(seed=seed)
+
+
+def sampler_maker(spec: Mapping[str, Any] | None) -> Callable[[int], BaseSampler]:
+    """Make samplers with a seed, from a ``class_path`` and ``init_args``.
+
+    Raises:
+        UserError: If such a sampler cannot go on from the trials alone.
+    """
+    if spec is None:
+        return default_sampler
+    name = spec["class_path"].rsplit(".", 1)[-1]
+    if name in _REMEMBERING:
+        raise UserError(
+            f"{name} needs more than the policies that were scored, and could not go on after an interruption; "
+            "use TPESampler, GPSampler or RandomSampler"
+        )
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(BaseSampler, "sampler")
+
+    def make(seed: int) -> BaseSampler:
+        arguments = {**(spec.get("init_args") or {}), "seed": seed}
+        read = parser.parse_object({"sampler": {"class_path": spec["class_path"], "init_args": arguments}})
+        sampler: BaseSampler = parser.instantiate(read).sampler
+        return sampler
+
+    return make
 
 
 def seed_of(seed: int, fold: int, turn: int, number: int, what: str = "") -> int:

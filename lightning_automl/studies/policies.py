@@ -127,7 +127,11 @@ class FoldSearches:
             self.workers.each(work, range(self.folds))
 
     def _score(self, fold: int, pace: Pace, advance: Any) -> None:
-        """Let the network of a fold score policies."""
+        """Let the network of a fold score policies, unless it has."""
+        path = self.directory / "density" / f"fold-{fold}.json"
+        ended = [each for (own, _), scored in self.rounds().items() if own == fold for each in scored]
+        if path.exists() and len(ended) == self.method.rounds * self.trials:
+            return
         found = self.workers.do(
             f"the scoring on fold {fold}",
             {
@@ -144,7 +148,7 @@ class FoldSearches:
             on_message=lambda message: self._heard(fold, message, pace, advance),
         )
         identity = found["identity_value"]
-        write_json(self.directory / "density" / f"fold-{fold}.json", {"identity": identity})
+        write_json(path, {"identity": identity})
         ended = [each for (own, _), scored in self.rounds().items() if own == fold for each in scored]
         best = best_of(ended, 1)
         failed = sum(each.value is None for each in ended)
