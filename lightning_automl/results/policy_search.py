@@ -238,7 +238,19 @@ class PolicySearchRecord:
     @property
     def by_density(self) -> bool:
         """Whether policies are scored by networks that were trained without them, and not by training with each."""
-        return self.method != "AutoAugmentSearch"
+        return self.method != "AutoAugmentSearch" and not (self.directory / "study.json").exists()
+
+    @cached_property
+    def searched(self) -> list[str]:
+        """The operations that policies were made of, as far as it is known."""
+        if self.arguments.get("operations"):
+            return list(self.arguments["operations"])
+        for path in sorted((self.directory / "density").glob("*.jsonl")):
+            header = next(iter(_lines(path)), {})
+            return list((header.get("policies") or {}).get("operations") or ())
+        parameters = (read_json(self.directory / "study.json") or {}).get("space") or {}
+        choices = [each.get("choice") or () for name, each in parameters.items() if name.endswith(".operation")]
+        return list(dict.fromkeys(choice for each in choices for choice in each))
 
     @property
     def objective(self) -> str:
@@ -267,7 +279,8 @@ class PolicySearchRecord:
             for path in paths:
                 _, fold, _, number = path.stem.split("-")
                 if fold.isdecimal() and number.isdecimal():
-                    found[int(fold), int(number)] = [_value(entry) for entry in _lines(path)]
+                    # The first line says what the others are of.
+                    found[int(fold), int(number)] = [_value(entry) for entry in _lines(path) if "number" in entry]
             return {key: found[key] for key in sorted(found)}
         table = self.directory / "trials.csv"
         if self.by_density and table.exists():
@@ -356,7 +369,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and "number" in entry:  # the first line says what the others are of
+        if isinstance(entry, dict):
             found.append(entry)
     return found
 

@@ -119,7 +119,7 @@ def write_search(
                 for trial, value in enumerate(values)
             ]
             lines[3] |= {"value": None, "reason": "the value is nan"}
-            header = {"version": 1, "policies": {}, "identity": {"fold": fold}}
+            header = {"version": 1, "policies": {"operations": operations}, "identity": {"fold": fold}}
             text = "".join(f"{json.dumps(line)}\n" for line in (header, *lines))
             (directory / "density" / f"fold-{fold}-round-{number}.jsonl").write_text(text)
             best = sorted((line for line in lines if line["value"] is not None), key=lambda line: line["value"])[:keep]

@@ -299,7 +299,7 @@ def sentences(directory):
 def test_the_verdict_says_what_was_scored_at_what_cost(search):
     assert sentences(search(rounds=2))[0] == (
         "32 policies were scored on 2 folds in 2 rounds each, of which 4 gave no value; the best 8 together are a "
-        "policy of 40 sub-policies. All took 80 epochs and 5 min 13 s."
+        "policy of 40 sub-policies. All took 80 epochs and 5 min 13 s of all workers together."
     )
 
 
@@ -324,7 +324,7 @@ LEADS = "On 2 folds with 3 seeds each that the search had not seen, the searched
         (
             acceptance((-0.03, 0.002), 0.01),
             "did not beat training without a policy (val_accuracy 0.0300 lower, 95 % interval -0.0400 to -0.0200, so "
-            "that it is worse) and TrivialAugment (val_accuracy 0.0020 higher, 95 % interval -0.0080 to +0.0120); "
+            "that it is worse) or TrivialAugment (val_accuracy 0.0020 higher, 95 % interval -0.0080 to +0.0120); "
             "policy.json names no policy.",
         ),
         (
@@ -346,7 +346,7 @@ def test_what_cannot_be_compared_is_told(search):
     found["arms"]["none"]["values"][0]["value"] = None
     found["arms"]["none"] |= dict.fromkeys(("mean", "low", "high"))
     directory = search(found=found)
-    assert "did not beat training without a policy (no values to compare) and TrivialAugment" in sentences(directory)[1]
+    assert "did not beat training without a policy (no values to compare) or TrivialAugment" in sentences(directory)[1]
     page = page_of(directory)
     assert "1 run of the comparison gave no number" in page.sections["To keep in mind"]
     assert "nan" not in page.sections["Searched policy against simple ones"]
@@ -398,9 +398,10 @@ def test_operations_are_counted_with_the_means_of_their_steps(search):
     steps = [[step("rotate", 0.5, 0.2), step("invert", 1.0, 0.9)], [step("rotate", 0.7, 0.4), step("blur", 0.1, 1.0)]]
     kept = [{"fold": 0, "round": 0, "number": 1, "value": 0.14, "sub_policies": steps}]
     space = {"name": "own", "operations": {"rotate": 20, "invert": True, "blur": 1.0, "noise": 0.1}}
+    arguments = {"operations": ["rotate", "invert", "blur", "noise"]}
     directory = search()
     path = directory / "policy_search.json"
-    write_json(path, json.loads(path.read_text()) | {"kept": kept, "space": space})
+    write_json(path, json.loads(path.read_text()) | {"kept": kept, "space": space, "arguments": arguments})
     page = page_of(directory)
     rows = page.rows["Operations that were kept"]
     assert rows == [
@@ -422,9 +423,9 @@ def test_the_cost_of_each_stage_is_told(search):
         ["training the folds' networks", "2 runs", "8", "75.0 s"],
         ["scoring policies", "16 policies", "0", "48.0 s"],
         ["comparing with simple policies", "18 runs", "72", "3 min 10 s"],
-        ["all", "", "80", "5 min 13 s"],
+        ["all, added up over workers", "", "80", "5 min 13 s"],
     ]
-    assert texts[0].text == "0.333 policies were scored a second."
+    assert texts[0].text == "0.333 policies were scored a second of a worker's time."
 
 
 def test_commands_train_with_what_was_adopted_and_go_on(search):
@@ -547,6 +548,7 @@ def test_the_page_of_autoaugment_is_that_of_its_study_with_the_sections_of_its_p
     assert "rewards what is harmless" not in page.sections["To keep in mind"]
     assert "comparing with simple policies" in page.sections["Cost"]
     assert "time of all trials together" in page.sections["Cost"]
+    assert "--retrain" not in text
 
 
 # ---- the section of a run

@@ -40,7 +40,7 @@ _OF_STUDY: tuple[Callable[[PolicySearchRecord], Section | None], ...] = (setting
 def page_with_study(record: PolicySearchRecord, study: StudyRecord) -> tuple[Sequence[str], list[Section]]:
     """The sentences and the sections of a policy search that is a study: those of its policies, then the study's."""
     first = [section for make in SECTIONS if make not in _OF_STUDY and (section := make(record)) is not None]
-    second = [section for make in of_study.SECTIONS if (section := make(study)) is not None]
+    second = [_without_test(section) for make in of_study.SECTIONS if (section := make(study)) is not None]
     by_title = {section.title: section for section in second}
     sections = []
     for section in first:
@@ -49,6 +49,18 @@ def page_with_study(record: PolicySearchRecord, study: StudyRecord) -> tuple[Seq
     *before, last = sections  # the commands
     sentences = [*of_study.verdict(study), *comparison(record)]
     return sentences, [*before, *(section for section in second if section.title in by_title), last]
+
+
+def _without_test(section: Section) -> Section:
+    """Without the advice to test the best trial: of these searches the merged policy is what counts."""
+    blocks: list[Any] = []
+    for block in section.blocks:
+        if isinstance(block, Notes):
+            block = Notes([each for each in block.sentences if "--retrain" not in each])
+        elif isinstance(block, Commands):
+            block = Commands([each for each in block.lines if "--retrain" not in each])
+        blocks.append(block)
+    return Section(section.title, blocks)
 
 
 def _merged(one: Section, other: Section) -> Section:

@@ -20,10 +20,7 @@ def kept(record: PolicySearchRecord) -> Section | None:
 
     space = record.open_space()
     names = list(dict.fromkeys(step["operation"] for step in steps))
-    searched = record.arguments.get("operations") or (
-        [name for name in OPS if space.allows(name) and name not in _NOT_SEARCHED] if space is not None else []
-    )
-    names += [name for name in searched if name not in names]
+    names += [name for name in record.searched if name not in names]
     drawn, rows = [], []
     for name in names:
         own = [step for step in steps if step["operation"] == name]
@@ -47,10 +44,6 @@ def kept(record: PolicySearchRecord) -> Section | None:
     figure = operations_kept([drawn[place] for place in order])
     blocks: list[Any] = [pictures(kept=figure), Text(text), *_values(record), Folded("The same in numbers", table)]
     return Section("Operations that were kept", blocks)
-
-
-#: Done in any case, or nothing.
-_NOT_SEARCHED = ("identity", "crop", "horizontal_flip")
 
 
 def _cap(space: Any, name: str) -> float | None:

@@ -71,10 +71,11 @@ def cost(record: PolicySearchRecord) -> Section | None:
         return None
     if len(rows) > 1:
         total = [sum(float(each or 0) for each in own.values()) for own in (epochs, seconds)]
-        rows.append(["all", "", f"{total[0]:,.0f}", duration(total[1])])
+        rows.append(["all, added up over workers", "", f"{total[0]:,.0f}", duration(total[1])])
     blocks: list[Any] = [Table(["", "", "epochs", "time"], rows)]
     if seconds.get("density") and scored:
-        blocks.append(Text(f"{scored / float(seconds['density']):.3g} policies were scored a second."))
+        rate = scored / float(seconds["density"])
+        blocks.append(Text(f"{rate:.3g} policies were scored a second of a worker's time."))
     if record.environment.get("hardware"):
         blocks.append(Text(f"On {hardware_text(record.environment['hardware'])}."))
     return Section("Cost", blocks)

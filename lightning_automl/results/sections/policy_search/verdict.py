@@ -34,7 +34,7 @@ def _state(record: PolicySearchRecord) -> str:
         f"{how}; the best {len(record.kept):,} together are a policy of {counted(steps, 'sub-policy')}. ".replace(
             "sub-policys", "sub-policies"
         )
-        + f"All took {counted(epochs, 'epoch')} and {duration(seconds)}."
+        + f"All took {counted(epochs, 'epoch')} and {duration(seconds)} of all workers together."
     )
 
 
@@ -69,7 +69,7 @@ def comparison(record: PolicySearchRecord) -> list[str]:
     if not others:
         said = f"{where} beat {joined([_gap(each, found) for each in beaten])}"
     else:
-        said = f"{where} did not beat {joined([_gap(each, found) for each in others])}"
+        said = f"{where} did not beat {' or '.join(_gap(each, found) for each in others)}"
         if beaten:
             said += f", though it beat {joined([_gap(each, found) for each in beaten])}"
     return [f"{said}; {_adopted(record, found)}."]
