@@ -428,8 +428,8 @@ class AutoMLCLI(LightningCLI):
         if rank() != 0:
             return
         directory = self.writer.directory
-        names = ("*.png", "predictions_*.safetensors", "data.json", "policy.json", "metrics.csv")
-        names += ("adapter", "adapter_statistics.json")
+        names = ["*.png", "predictions_*.safetensors", "data.json", "policy.json", "metrics.csv"]
+        names += ["adapter", "adapter_statistics.json"]
         left = {path.stem: path.name for name in names for path in sorted(directory.glob(name))}
         if self.writer.best_checkpoint.exists():
             left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))
