@@ -203,7 +203,7 @@ def train(condition: Condition, data: Path, place: Path, policy: dict[str, Any] 
     Returns:
         The run's ``summary.json``.
     """
-    done = read_json(place / "summary.json")
+    done: dict[str, Any] | None = read_json(place / "summary.json")
     if done is None or done["status"] != "finished":
         config = fit_config(condition, data)
         config["data"]["init_args"] |= {"train_policy": policy, "train_on_val": True}
