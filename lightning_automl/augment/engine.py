@@ -78,6 +78,7 @@ class Plan:
         return Plan(self.operations[rows], self.strengths[rows], self.seeds[rows])
 
 
+@torch.no_grad()
 def apply(
     images: Tensor,
     plan: Plan,

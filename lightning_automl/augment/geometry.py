@@ -132,7 +132,8 @@ def displacements(strengths: Matrices, seeds: Tensor, height: int, width: int) -
     deviation = max(4.0, 0.04 * width)
     fields = uniform(seeds, 2 * height * width).view(-1, 2, height, width) * 2 - 1
     along_y, along_x = (gaussian_matrix(size, deviation, seeds.device) for size in (height, width))
-    fields = along_y @ fields @ along_x.T
+    with torch.autocast(seeds.device.type, enabled=False):
+        fields = along_y @ fields @ along_x.T
     largest = fields.flatten(1).abs().amax(1).clamp_(min=1e-12)
     alpha = torch.from_numpy(strengths * width).float().to(seeds.device, non_blocking=True)
     fields = fields * (alpha / largest).view(-1, 1, 1, 1)

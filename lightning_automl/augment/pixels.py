@@ -78,22 +78,15 @@ def autocontrast(levels: Tensor, amount: Tensor, extremes: Tensor) -> Tensor:
     # PIL computes in double precision and cuts off the digits, so 254.99… for 255 is 254 there, and is to be here
     # (`255 / tensor` would be 255 times the reciprocal, which is not the same)
     low, high = extremes.to(_exact(levels.device)).unbind(2)
-    flat = (low == high).to(low.dtype)
-    scale = torch.full_like(low, 255).div_(high - low + flat).mul_(1 - flat).add_(flat)
-    offset = low.neg().mul_(scale).mul_(1 - flat)
-    return levels.to(scale.dtype).mul(scale.unsqueeze(2)).add_(offset.unsqueeze(2)).trunc_().to(torch.float32)
+    flat = low == high
+    low, high = low.masked_fill(flat, 0), high.masked_fill(flat, 255)
+    scale = torch.full_like(low, 255).div_(high.sub_(low)).unsqueeze(2)
+    return levels.to(scale.dtype).mul(scale).sub_(low.unsqueeze(2).mul_(scale)).trunc_()
 
 
-def equalize(levels: Tensor, amount: Tensor, histogram: Tensor) -> Tensor:
+def equalize(levels: Tensor, amount: Tensor, table: Tensor) -> Tensor:
     """Spread the levels of each channel so that they are used equally often; ``levels`` are all 256."""
-    ends = histogram.cumsum(2)
-    below, pixels = ends - histogram, ends[..., -1:]
-    # The brightest level that is there has most below it. Whole numbers up to 2**24 and what is left of their quotients
-    # are exact in float32; dividing by a number instead of a tensor would not be on a GPU.
-    step = (below * (below < pixels)).amax(2, keepdim=True).div_(255, rounding_mode="floor")
-    spread = (step > 0).to(step.dtype)
-    table = below.add_((step / 2).floor_()).div_(step + (1 - spread)).floor_()
-    return table.mul_(spread).add_(levels * (1 - spread)).to(torch.float32)
+    return table
 
 
 def grey_mean(images: Tensor) -> Tensor:
@@ -111,12 +104,24 @@ def extremes(images: Tensor) -> Tensor:
     return torch.stack([pixels.amin(2), pixels.amax(2)], dim=2)
 
 
-def histograms(images: Tensor) -> Tensor:
-    """How often each level is in each channel, float ``(images, channels, 256)``, of uint8 images."""
-    values = images.flatten(2).long()
-    dtype = torch.float32 if values.shape[2] < 2**23 else _exact(images.device)
-    counts = torch.zeros(*values.shape[:2], 256, dtype=dtype, device=images.device)
-    return counts.scatter_add_(2, values, torch.ones(1, dtype=dtype, device=images.device).expand_as(values))
+def equalizing(images: Tensor) -> Tensor:
+    """What becomes of each level when the channel is equalized ``(images, channels, 256)``, of uint8 images.
+
+    As PIL's ``ImageOps.equalize``: the brightest level that is there does not count, and where less than 255 pixels
+    are left nothing changes.
+    """
+    values = images.flatten(2)
+    brightest = values.amax(2, keepdim=True).long()
+    values = values.long()
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
+    counts.scatter_add_(2, values, torch.ones(1, dtype=torch.int32, device=images.device).expand_as(values))
+    step = (values.shape[2] - counts.gather(2, brightest)).div_(255, rounding_mode="floor")
+    below = counts.cumsum(2, dtype=torch.int32).sub_(counts)  # of float numbers a GPU has no deterministic sum
+    # Quotients of whole numbers up to 2**24 are never rounded up to the next one in float32.
+    table = below.add_(step // 2).to(torch.float32).div_(step.clamp(min=1)).floor_()
+    spread = (step > 0).to(torch.float32)
+    levels = torch.arange(256, dtype=torch.float32, device=images.device)
+    return table.mul_(spread).add_(levels * (1 - spread))
 
 
 #: Formula of levels ``(images, channels, any)``, amounts ``(images, 1, 1)`` and a statistic.
@@ -136,7 +141,7 @@ POINTWISE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "contrast": grey_mean,
     "autocontrast": extremes,
-    "equalize": histograms,
+    "equalize": equalizing,
 }
 
 #: Operations that are about 256 levels; float images are rounded to these for them.
@@ -173,13 +178,19 @@ def sharpness(levels: Tensor, factor: Tensor, seeds: Tensor) -> Tensor:
     """Blend with the smoothed image; pixels at the border stay as they are."""
     if min(levels.shape[2:]) < 3:
         return levels
-    inner = levels[:, :, 1:-1, 1:-1]
-    rows = (levels[:, :, :-2] + levels[:, :, 2:]).add_(levels[:, :, 1:-1])
-    total = (rows[..., :-2] + rows[..., 2:]).add_(rows[..., 1:-1]).add_(inner, alpha=4)
-    smooth = total.mul_(1 / 13).add_(0.5).floor_()  # never at .5, so PIL's division gives the same
-    result = levels.clone()
-    result[:, :, 1:-1, 1:-1] = (inner - smooth).mul_(factor).add_(smooth)
-    return result
+    # All neighbours in memory are added up, which for pixels at the border are not those in the image, since long
+    # loops are faster than rows; the inner pixels are taken in the end.
+    flat, width = levels.flatten(), levels.shape[3]
+    rows = (flat[:-2] + flat[2:]).add_(flat[1:-1])
+    total = (
+        (rows[: -2 * width] + rows[2 * width :]).add_(rows[width:-width]).add_(flat[width + 1 : -width - 1], alpha=4)
+    )
+    smooth = torch.zeros_like(levels)
+    # never at .5, so that PIL's division gives the same
+    torch.floor(total.mul_(1 / 13).add_(0.5), out=smooth.view(-1)[width + 1 : -width - 1])
+    blended = (levels - smooth).mul_(factor).add_(smooth)
+    levels[:, :, 1:-1, 1:-1] = blended[:, :, 1:-1, 1:-1]
+    return levels
 
 
 def blur(levels: Tensor, deviation: Tensor, seeds: Tensor) -> Tensor:
@@ -190,7 +201,8 @@ def blur(levels: Tensor, deviation: Tensor, seeds: Tensor) -> Tensor:
         weights = torch.exp(-(places - places[:, None]).square() / (2 * deviation.square()))
         smoothing.append(weights / weights.sum(-1, keepdim=True))
     along_y, along_x = smoothing
-    return along_y @ levels @ along_x.mT
+    with torch.autocast(levels.device.type, enabled=False):
+        return along_y @ levels @ along_x.mT
 
 
 def cutout(levels: Tensor, share: Tensor, seeds: Tensor) -> Tensor:
@@ -211,7 +223,8 @@ def cutout(levels: Tensor, share: Tensor, seeds: Tensor) -> Tensor:
     return torch.where(inside, grey_levels, levels)
 
 
-#: Formula of levels ``(images, channels, height, width)``, amounts ``(images, 1, 1, 1)`` and seeds ``(images,)``.
+#: Formula of levels ``(images, channels, height, width)``, which it may use up, amounts ``(images, 1, 1, 1)`` and
+#: seeds ``(images,)``.
 FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "color": color,
     "sharpness": sharpness,
