@@ -58,7 +58,7 @@ class Condition:
     arms: dict[str, dict[str, Any] | None]
     task: dict[str, Any]
     batch_size: int = 64
-    folds: int = 5
+    folds: int = 4
     seeds: int = 3
 
 
@@ -96,7 +96,7 @@ CIFAR = Condition(
     space="natural",
     base_augment="crop_flip",
     depth=14,
-    epochs=30,
+    epochs=40,
     trials=50,
     arms=_arms("natural"),
     task={
