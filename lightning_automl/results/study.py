@@ -228,7 +228,12 @@ class StudyRecord:
     @property
     def unit(self) -> str:
         """What a step of a report is."""
-        return "fold" if self.search.get("folds") else "epoch"
+        return "fold" if self.folds else "epoch"
+
+    @property
+    def folds(self) -> int | None:
+        """Folds that each trial is scored on; None if it is one run, as also in a search for a policy."""
+        return None if self.search.get("method") else self.search.get("folds")
 
     def of_state(self, *states: str) -> list[TrialRecord]:
         """The trials of these states, by number."""

@@ -34,13 +34,26 @@ SECTIONS: list[Callable[[PolicySearchRecord], Section | None]] = [
     commands,
 ]
 #: What a study says itself.
-_OF_STUDY: tuple[Callable[[PolicySearchRecord], Section | None], ...] = (settings, versions, failures)
+_BY_STUDY: tuple[Callable[[PolicySearchRecord], Section | None], ...] = (settings, versions, failures)
+#: What is said of a study of policies. Its parameters are left out: they are slots that can be exchanged.
+_OF_STUDY: list[Callable[[StudyRecord], Section | None]] = [
+    of_study.cautions,
+    of_study.history,
+    of_study.intermediate,
+    of_study.failures,
+    of_study.cost,
+    of_study.settings,
+    of_study.versions,
+    of_study.commands,
+]
+
+_ABOUT_TRIALS = ("--retrain", "The unchanged run")
 
 
 def page_with_study(record: PolicySearchRecord, study: StudyRecord) -> tuple[Sequence[str], list[Section]]:
     """The sentences and the sections of a policy search that is a study: those of its policies, then the study's."""
-    first = [section for make in SECTIONS if make not in _OF_STUDY and (section := make(record)) is not None]
-    second = [_without_test(section) for make in of_study.SECTIONS if (section := make(study)) is not None]
+    first = [section for make in SECTIONS if make not in _BY_STUDY and (section := make(record)) is not None]
+    second = [_without_test(section) for make in _OF_STUDY if (section := make(study)) is not None]
     by_title = {section.title: section for section in second}
     sections = []
     for section in first:
@@ -52,11 +65,11 @@ def page_with_study(record: PolicySearchRecord, study: StudyRecord) -> tuple[Seq
 
 
 def _without_test(section: Section) -> Section:
-    """Without the advice to test the best trial: of these searches the merged policy is what counts."""
+    """Without advice about the best trial: the merged policy is what counts, and it is compared."""
     blocks: list[Any] = []
     for block in section.blocks:
         if isinstance(block, Notes):
-            block = Notes([each for each in block.sentences if "--retrain" not in each])
+            block = Notes([each for each in block.sentences if not any(word in each for word in _ABOUT_TRIALS)])
         elif isinstance(block, Commands):
             block = Commands([each for each in block.lines if "--retrain" not in each])
         blocks.append(block)

@@ -12,7 +12,18 @@ from lightning_automl.results.sections.study.trials import best_trials, failures
 from lightning_automl.results.sections.study.verdict import cautions, verdict
 from lightning_automl.results.study import StudyRecord
 
-__all__ = ["SECTIONS", "verdict"]
+__all__ = [
+    "SECTIONS",
+    "cautions",
+    "commands",
+    "cost",
+    "failures",
+    "history",
+    "intermediate",
+    "settings",
+    "verdict",
+    "versions",
+]
 
 #: In the order of the page.
 SECTIONS: list[Callable[[StudyRecord], Section | None]] = [

@@ -157,7 +157,7 @@ def test_metric(monitor: str, names: Sequence[str]) -> str:
 
 def cautions(record: StudyRecord) -> Section:
     """What limits the numbers of this page."""
-    folds = record.search.get("folds")
+    folds = record.folds
     notes = []
     if record.trials and not record.population and 0 < len(record.usable) < FEW:
         complete = counted(len(record.usable), "complete trial")
