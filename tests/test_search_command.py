@@ -1,46 +1,19 @@
 """The command `search`, with real processes; what its parts do is tested beside them."""
 
-import csv
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import optuna
 import pytest
 import torch
 import yaml
 from faulty_network import FAULTS
+from searches import processes_of, rows_of, run_of, start, wait_until
 
 OPTIMIZER = "model.init_args.optimizer.init_args"
 NETWORK = "model.init_args.model.init_args"
-
-
-def run_of(network="faulty_network.FaultyNetwork", ranks=1, epochs=3, **trainer):
-    """A fit config of seconds."""
-    return {
-        "model": {
-            "class_path": "ClassificationTask",
-            "init_args": {
-                "model": {"class_path": network},
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
-                "scheduler": {"class_path": "WarmupCosineLR"},
-            },
-        },
-        "data": {"class_path": "DigitsDataModule", "init_args": {"batch_size": 64}},
-        "trainer": {
-            "max_epochs": epochs,
-            "limit_train_batches": 4,
-            "accelerator": "cpu",
-            "devices": ranks,
-            "strategy": "ddp" if ranks > 1 else "auto",
-            **trainer,
-        },
-    }
 
 
 LR = {"lr": {"log_float": [1e-4, 1.0], "path": f"{OPTIMIZER}.lr"}}
@@ -57,35 +30,6 @@ def searched(command, warm_server, tmp_path):
         return command("search", "--config", path, "--dir", tmp_path / directory, *arguments)
 
     return search
-
-
-def rows_of(directory):
-    with (directory / "trials.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def processes_of(directory):
-    """Living processes that have the directory among their arguments or their open files."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            links = [os.readlink(each) for each in (entry / "fd").iterdir()]
-            text = (entry / "cmdline").read_text()
-        except OSError:
-            continue
-        if any(str(directory) in each for each in [*links, text]):
-            found.append(entry.name)
-    return found
-
-
-def wait_until(condition, seconds=120):
-    for _ in range(seconds * 10):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail("it never came to that")
 
 
 @pytest.mark.slow
@@ -270,17 +214,6 @@ def test_the_winner_of_population_based_training_is_replayed_bit_for_bit(searche
         for place in (tmp_path / f"study/trials/{best:04d}", tmp_path / "again")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def start(directory, config, *arguments):
-    path = directory.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "lightning_automl", "search", "--config", str(path), "--dir", str(directory)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with (directory.parent / f"{directory.name}.err").open("a") as errors:
-        return subprocess.Popen(
-            [*command, *arguments], cwd=directory.parent, env=environment, stdout=subprocess.DEVNULL, stderr=errors
-        )
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def times_opened(directory: Path) -> int:
 
 
 def mean_over_seeds(values: Sequence[float], bounded: bool = False) -> dict[str, float]:
-    """Mean, standard deviation and Student's 95 % interval of a metric over seeds; no interval of a single one.
+    """Mean, standard deviation and Student's 95 % interval over seeds; no interval of a single value, or of NaN.
 
     Args:
         values: One a seed.
@@ -91,7 +91,7 @@ def mean_over_seeds(values: Sequence[float], bounded: bool = False) -> dict[str,
     from scipy.stats import t
 
     mean, count = math.fsum(values) / len(values), len(values)
-    if count < 2:
+    if count < 2 or not math.isfinite(mean):
         return {"mean": mean, "std": math.nan, "low": math.nan, "high": math.nan, "n": count}
     spread = statistics.stdev(values)
     half = float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
