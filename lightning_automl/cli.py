@@ -173,7 +173,10 @@ class AutoMLCLI(LightningCLI):
         if fresh or self.subcommand != "fit":
             return
         if not self._goes_on():
-            return  # nothing was trained yet: a corrected command may take the place of the first
+            # nothing was trained yet: a corrected command may take the place of the first, but not of a search
+            if {"space", "method"} & (yaml.safe_load(saved.read_text()) or {}).keys():
+                raise UserError(f"{directory} is the directory of a search, not of a run; give another --dir")
+            return
         before = yaml.safe_load(saved.read_text())
         if config.seed_everything is True:
             config.seed_everything = before["seed_everything"]

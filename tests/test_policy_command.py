@@ -66,3 +66,13 @@ def test_a_wrong_policy_ends_with_one_sentence(fit, tmp_path, arguments, message
     assert message in answer.err
     assert answer.err.strip().count("\n") == 0
     assert not Path("run/checkpoints").exists()
+
+
+def test_a_run_does_not_take_the_place_of_the_search_that_found_its_policy(fit, tmp_path):
+    save_policy(POLICY, tmp_path / "search" / "policy.json")
+    (tmp_path / "search" / "config.yaml").write_text("run: digits.yaml\nmethod: FastAutoAugmentSearch\n")
+    answer = fit("--dir=search", f"{KEY}=search/policy.json")
+    assert answer.status == 2
+    assert "search is the directory of a search, not of a run; give another --dir" in answer.err
+    assert load_policy("search/policy.json") == POLICY
+    assert "FastAutoAugmentSearch" in Path("search/config.yaml").read_text()

@@ -51,7 +51,8 @@ def from_torchvision(
         transform: An ``AutoAugment``, ``RandAugment`` or ``TrivialAugmentWide`` of ``torchvision.transforms`` or its
             ``v2``, an ``AutoAugmentPolicy`` or its value (``imagenet``, ``cifar10``, ``svhn``), or the name of one of
             these classes with its defaults (``ra`` and ``ta_wide``, as torchvision's training script calls them, too).
-        space: If given, the result is refused when it does more than the space allows.
+        space: If given, the result is refused when it does more than the space allows; except for random policies, it
+            is also the space of the result, which the data modules' ``base_augment`` obeys.
 
     Raises:
         UserError: If it is something else (``AugMix`` blends several copies), or reads pixels in a way not known here.
@@ -106,10 +107,13 @@ def _transformed(transform: Any) -> Policy | RandAugment | TrivialAugment:
 def _within(
     policy: Policy | RandAugment | TrivialAugment, space: str | dict[str, Any] | OperationSpace
 ) -> Policy | RandAugment | TrivialAugment:
-    """The same policy, checked against a space; its strengths stay."""
+    """The same policy, checked against a space; its strengths stay. Random policies have no place to keep the space."""
     check_space(policy, space)
     if isinstance(policy, AutoAugment):
         return AutoAugment(policy.name, space, policy.interpolation, policy.fill)
+    if isinstance(policy, Policy):
+        within = load_space(space)
+        return Policy(policy.restated(within), within, policy.interpolation, policy.fill)
     return policy
 
 

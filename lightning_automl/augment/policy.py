@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from numbers import Real
@@ -64,6 +64,7 @@ class Step:
         if self.sign not in (-1, 0, 1) or (self.sign and not known.signed):
             only = "-1, 0 or 1" if known.signed else "0: it goes one way only"
             raise UserError(f"{self.operation} has the sign {self.sign!r}; give {only}")
+        object.__setattr__(self, "sign", int(self.sign))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it; the sign only where it is not drawn."""
@@ -100,7 +101,7 @@ class ImagePolicy(v2.Transform, ABC):  # type: ignore[misc]
             raise UserError(f"unknown interpolation {interpolation!r}; known: nearest, bilinear")
         self.space = None if space is None else load_space(space)
         self.interpolation: Literal["nearest", "bilinear"] = interpolation
-        self.fill = fill
+        self.fill = _fill(fill)
 
     @abstractmethod
     def draw(self, count: int, channels: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Plan:
@@ -315,16 +316,34 @@ class Policy(ImagePolicy):
         Raises:
             UserError: If the policies differ in space, interpolation or fill.
         """
-        kept: dict[tuple[Any, ...], tuple[Step, ...]] = {}
+        kept: dict[tuple[Any, ...], list[Step]] = {}
         for policy in (self, *others):
             if policy._common() != self._common():
                 raise UserError(
                     f"policies of different spaces, interpolation or fill cannot be merged: {self._common()} and "
                     f"{policy._common()}; make them alike first"
                 )
-            for steps in policy.sub_policies:
+            for steps in policy.restated(self.space):
                 kept.setdefault(tuple(_meaning(step) for step in steps), steps)
         return Policy(list(kept.values()), self.space, self.interpolation, self.fill)
+
+    def restated(self, space: OperationSpace | None) -> list[list[Step]]:
+        """The same sub-policies, with magnitudes that are shares of what a space allows.
+
+        Raises:
+            UserError: If the policy does more than the space allows; the operation is named.
+        """
+        if space is not None:
+            check_space(self, space)
+        caps = {name: OPS[name].strongest if space is None else space.cap(name) for name in self.operations()}
+
+        def same(step: Step) -> Step:
+            strength, cap = self.strength(step), caps[step.operation]
+            if strength is None or cap is None or strength == step.magnitude * cap:
+                return step
+            return replace(step, magnitude=min(1.0, strength / cap))
+
+        return [[same(step) for step in steps] for steps in self.sub_policies]
 
     def __add__(self, other: "Policy") -> "Policy":
         return self.merge(other) if isinstance(other, Policy) else NotImplemented
@@ -480,6 +499,20 @@ def _classes() -> dict[str, type[ImagePolicy]]:
         found |= {kind.__name__: kind for kind in own if not kind.__name__.startswith("_")}
         waiting += own
     return found
+
+
+def _fill(fill: Any) -> float | list[float] | None:
+    """As JSON can hold it; levels of float images are below those of uint8 images, so that they are checked later."""
+    if fill is None:
+        return None
+    several = isinstance(fill, list | tuple)
+    values = fill if several else [fill]
+    if not values or not all(
+        isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 255 for value in values
+    ):
+        raise UserError(f"fill is {fill!r}; give a level from 0 to 255, or a list with one for each channel")
+    levels = [value if isinstance(value, int) else float(value) for value in values]  # PIL takes whole ones only
+    return levels if several else levels[0]
 
 
 def _lists(sub_policies: Any) -> Sequence[Sequence[Any]]:

@@ -105,7 +105,7 @@ def numbers(name: str) -> list[list[tuple[str, float, int]]]:
     Raises:
         UserError: If there is no policy of this name.
     """
-    if name not in _TABLES:
+    if not isinstance(name, str) or name not in _TABLES:  # names come from files
         raise UserError(f"no published AutoAugment policy is called {name!r}; known: {', '.join(_TABLES)}")
     return [[_read(step) for step in line.split(",")] for line in _TABLES[name].strip().splitlines()]
 
@@ -154,6 +154,10 @@ class AutoAugment(Policy):
         """In AutoAugment's range, whatever the space."""
         strongest = OPS[step.operation].strongest
         return None if strongest is None else step.magnitude * strongest
+
+    def extra_repr(self) -> str:
+        """Its name instead of all sub-policies."""
+        return f"name={self.name!r}" + (f", space={self.space.name!r}" if self.space else "")
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`~lightning_automl.augment.policy.ImagePolicy.arguments`."""

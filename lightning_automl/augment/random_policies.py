@@ -102,7 +102,8 @@ class TrivialAugment(_RandomPolicy):
         bins = (drawn[:, 1] * self.bins).astype(np.int64)
         strengths = self._strengths
         if self.space is None:
-            strengths = strengths / np.where(self._by_width, size[1], np.where(self._by_height, size[0], 1))[:, None]
+            height, width = (max(1, pixels) for pixels in size)
+            strengths = strengths / np.where(self._by_width, width, np.where(self._by_height, height, 1))[:, None]
         strength = strengths[chosen, bins]
         strength = np.where(drawn[:, 2] < self._mirrored[chosen], -strength, strength)
         return plan_of(self._places[chosen][:, None], strength[:, None], drawn[:, 3:])

@@ -26,7 +26,8 @@ class OperationSpace:
         reason: Why the space is as it is, one sentence.
 
     Raises:
-        UserError: If an operation is unknown, or a cap is not a number above 0 and up to the operation's limit.
+        UserError: If an operation is unknown, a cap is not a number above 0 and up to the operation's limit, or
+            nothing is allowed.
     """
 
     name: str
@@ -38,6 +39,10 @@ class OperationSpace:
         object.__setattr__(
             self, "caps", {name: checked[name] for name in OPS if name in checked and name != "identity"}
         )
+        if not self.caps:
+            raise UserError(
+                f"the space {self.name!r} allows no operation; list some under operations, such as {{rotate: 15}}"
+            )
 
     def allows(self, name: str) -> bool:
         """Whether the operation may be done at all; of an unknown one it is an error."""
@@ -147,10 +152,15 @@ def load_space(spec: str | Path | Mapping[str, Any] | OperationSpace) -> Operati
     Raises:
         UserError: If there is no such space or file, or it does not hold a space.
     """
+    return _load(spec, ())
+
+
+def _load(spec: Any, files: tuple[Path, ...]) -> OperationSpace:
+    """See :func:`load_space`; ``files`` are those that led here, each of which extends the next one."""
     if isinstance(spec, OperationSpace):
         return spec
     if isinstance(spec, Mapping):
-        return _from_mapping(spec, "the space")
+        return _from_mapping(spec, "the space", files)
     if isinstance(spec, str) and spec in SPACES:
         return SPACES[spec]
     if not isinstance(spec, str | Path):
@@ -159,6 +169,8 @@ def load_space(spec: str | Path | Mapping[str, Any] | OperationSpace) -> Operati
             "and operations"
         )
     path = Path(spec)
+    if path.resolve() in files:
+        raise UserError(f"extends goes in a circle, back to {path}; let it name another space")
     if not path.is_file():
         close = get_close_matches(str(spec), SPACES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -173,7 +185,7 @@ def load_space(spec: str | Path | Mapping[str, Any] | OperationSpace) -> Operati
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is not a space of operations; it needs name and operations, such as {{rotate: 15}}")
     try:
-        return _from_mapping({"name": path.stem, **content}, str(path))
+        return _from_mapping({"name": path.stem, **content}, str(path), (*files, path.resolve()))
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from error
@@ -186,7 +198,7 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _from_mapping(content: Mapping[str, Any], source: str) -> OperationSpace:
+def _from_mapping(content: Mapping[str, Any], source: str, files: tuple[Path, ...]) -> OperationSpace:
     known = ("name", "operations", "reason", "extends")
     for key in content:
         if key not in known:
@@ -197,13 +209,11 @@ def _from_mapping(content: Mapping[str, Any], source: str) -> OperationSpace:
     listed = content.get("operations", {})
     if not isinstance(listed, Mapping):
         raise UserError(f"{source} has operations {listed!r}; it needs a mapping such as {{rotate: 15, invert: true}}")
-    extended = load_space(content["extends"]) if content.get("extends") is not None else None
+    extended = _load(content["extends"], files) if content.get("extends") is not None else None
     caps: dict[str, Any] = dict(extended.caps) if extended else {}
     for key, cap in listed.items():
         if operation(str(key)) and cap is False:
             caps.pop(str(key), None)
         else:
             caps[str(key)] = cap
-    if not caps:
-        raise UserError(f"{source} allows no operation; list some under operations, such as {{rotate: 15}}")
     return OperationSpace(name, caps, reason or (extended.reason if extended else ""))

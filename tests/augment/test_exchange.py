@@ -186,6 +186,11 @@ def test_what_cannot_come_from_torchvision_is_told(given, message):
 
 def test_an_import_can_be_held_to_a_space():
     assert from_torchvision("cifar10", "natural") == AutoAugment("cifar10", "natural")
+    own = v2.AutoAugment()
+    own._policies = [(("Rotate", 0.5, 3), ("Contrast", 1.0, 1))]
+    policy = from_torchvision(own, {"operations": {"rotate": 15, "contrast": 0.2}})
+    assert policy.strongest() == pytest.approx({"rotate": 10, "contrast": 0.1})
+    assert policy.space.caps == {"rotate": 15, "contrast": 0.2}  # which the base augmentation obeys
     with pytest.raises(UserError, match="invert is forbidden"):
         from_torchvision("cifar10", "radiograph")
     with pytest.raises(UserError, match="goes up to"):

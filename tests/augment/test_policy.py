@@ -20,6 +20,7 @@ from lightning_automl.augment import (
     Identity,
     ImagePolicy,
     ImageTypeError,
+    OperationSpace,
     Policy,
     RandAugment,
     Step,
@@ -204,6 +205,13 @@ def test_quarter_turns_are_refused_for_all_images_that_are_not_square():
     assert policy.apply(noise(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 
+def test_a_policy_is_json_whatever_numbers_it_was_given(tmp_path):
+    policy = Policy([[Step("rotate", 1, np.float32(0.5), np.int64(-1))]], fill=(1, np.float32(2), 3))
+    save_policy(policy, tmp_path / "policy.json")
+    assert load_policy(tmp_path / "policy.json") == policy
+    assert policy.fill == [1, 2, 3]
+
+
 def test_an_unknown_interpolation_is_told():
     with pytest.raises(UserError, match="known: nearest, bilinear"):
         TrivialAugment(interpolation="bicubic")
@@ -230,6 +238,14 @@ def test_merging_keeps_each_sub_policy_once():
         first.merge(Policy([[Step("rotate")]], "natural"))
     with pytest.raises(TypeError, match="unsupported operand"):
         first + TrivialAugment()
+
+
+def test_merged_steps_are_as_strong_as_they_were():
+    space = OperationSpace("wide", {name: known.limit for name, known in OPS.items()})
+    policy = AutoAugment("cifar10", space)
+    assert policy.strongest()["rotate"] == pytest.approx(30 * 2 / 9)
+    assert policy.merge().strongest() == pytest.approx(policy.strongest())
+    assert Policy([[Step("rotate", magnitude=0.5)]], space).merge(policy).strongest()["rotate"] == 90
 
 
 # Draws
@@ -385,6 +401,12 @@ WRONG_ARGUMENTS = [
     (lambda: RandAugment(magnitude=9, bins=5), "with 5 bins"),
     (lambda: TrivialAugment(bins=1), "at least 2"),
     (lambda: AutoAugment("cifar100"), "known: cifar10, svhn, imagenet"),
+    (lambda: AutoAugment(["cifar10"]), "known: cifar10, svhn, imagenet"),
+    (lambda: TrivialAugment(fill="red"), "fill is 'red'; give a level from 0 to 255, or a list"),
+    (lambda: TrivialAugment(fill=[0, None, 0]), "give a level from 0 to 255"),
+    (lambda: Policy([[Step("rotate")]], fill=256), "give a level from 0 to 255"),
+    (lambda: TrivialAugment(fill=[]), "give a level from 0 to 255"),
+    (lambda: RandAugment(fill=True), "give a level from 0 to 255"),
     (lambda: AutoAugment("cifar10", "radiograph"), "invert is forbidden in the space 'radiograph'"),
 ]
 

@@ -153,6 +153,8 @@ WRONG_CONTENT = [
     ({"operations": {"rotate": float("nan")}}, "rotate up to nan"),
     ({"operations": {"invert": 0.5}}, "invert has no strength"),
     ({"operations": {}}, "allows no operation"),
+    ({"operations": {"identity": True}}, "allows no operation"),
+    ({"extends": "dermoscopy", "operations": dict.fromkeys(SPACES["dermoscopy"].caps, False)}, "allows no operation"),
     ({"operations": ["rotate"]}, "needs a mapping"),
     ({"operation": {"rotate": 3}}, r"unknown key 'operation'; did you mean operations\?"),
     ({"extends": "radiografh", "operations": {}}, "did you mean radiograph"),
@@ -175,6 +177,17 @@ def test_a_file_that_holds_no_space_is_named(tmp_path, text):
     path.write_text("operations: {rotat: 3}")
     with pytest.raises(UserError, match=r"mine\.yaml.*did you mean rotate"):
         load_space(path)
+
+
+def test_spaces_that_extend_each_other_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text("extends: two.yaml")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\noperations: {rotate: 3}")
+    with pytest.raises(UserError, match=r"extends goes in a circle, back to one\.yaml") as caught:
+        load_space("one.yaml")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"extends goes in a circle, back to two\.yaml"):
+        load_space({"extends": "two.yaml"})
 
 
 @pytest.mark.parametrize("spec", [3, True, ["rotate"]])
