@@ -173,16 +173,28 @@ def best_of(
     return [each for _, _, each in sorted(found, key=lambda item: item[:2])[:keep]]
 
 
+#: Steps that are done more seldom are not kept; AutoAugment's probabilities, in steps of 0.1, would be 0 there.
+LEAST_PROBABILITY = 0.05
+
+
 def merged(policies: PolicySpace, kept: Sequence[Scored]) -> Policy:
-    """The sub-policies of all of these, each once, in order.
+    """The sub-policies of all of these, each once, in order, without steps that are hardly ever done.
+
+    The papers keep those too. But a policy is not kept for the sake of what it does to one image in fifty: such steps
+    come in with the others unexamined, and would be the way by which a harmful operation gets into what is found.
 
     Raises:
         UserError: If there is none.
     """
     if not kept:
         raise UserError("no policy was scored, so there is none to keep; see why the trials failed")
-    first, *others = (policies.policy(each.values) for each in kept)
-    return first.merge(*others)
+    found = [
+        [step for step in steps if step.probability >= LEAST_PROBABILITY]
+        for each in kept
+        for steps in policies.policy(each.values).sub_policies
+    ]
+    found = [steps for steps in found if steps]
+    return Policy(found, policies.space).merge() if found else Policy([[Step("identity")]], policies.space)
 
 
 class PolicyMethod(ABC):

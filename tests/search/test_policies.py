@@ -126,6 +126,13 @@ def test_merging_keeps_each_sub_policy_once():
         merged(TINY, [])
 
 
+def test_what_is_hardly_ever_done_is_not_kept():
+    seldom = Scored(0, values_of(("rotate", 0.049, 0.5), ("invert", 0.05, 0.1)), 0.0)
+    never = Scored(1, values_of(("rotate", 0.0, 0.5), ("invert", 0.01, 0.1)), 0.0)
+    assert [[step.operation for step in steps] for steps in merged(TINY, [seldom, never]).sub_policies] == [["invert"]]
+    assert merged(TINY, [never]).operations() == {"identity"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
