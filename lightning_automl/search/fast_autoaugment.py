@@ -32,7 +32,10 @@ from lightning_automl.search.study import derived_seed
 BATCH = 512
 
 #: Samplers that remember more than the trials that have ended, or do not take a seed for each.
-_REMEMBERING = ("CmaEsSampler", "GridSampler", "BruteForceSampler", "QMCSampler", "PopulationSampler")
+_REMEMBERING = (
+    *("CmaEsSampler", "NSGAIISampler", "NSGAIIISampler"),
+    *("GridSampler", "BruteForceSampler", "QMCSampler", "PopulationSampler", "PartialFixedSampler", "GroupwiseSampler"),
+)
 
 #: Seconds between two moments at which what was recorded is safe from a failure of the power, too.
 _SAFE = 1.0
@@ -214,15 +217,15 @@ def sampler_maker(spec: Mapping[str, Any] | None) -> Callable[[int], BaseSampler
     """Make samplers with a seed, from a ``class_path`` and ``init_args``.
 
     Raises:
-        UserError: If such a sampler cannot go on from the trials alone.
+        UserError: If such a sampler cannot go on from the trials alone, or takes no seed.
     """
     if spec is None:
         return default_sampler
     name = spec["class_path"].rsplit(".", 1)[-1]
+    others = "use TPESampler, GPSampler or RandomSampler"
     if name in _REMEMBERING:
         raise UserError(
-            f"{name} needs more than the policies that were scored, and could not go on after an interruption; "
-            "use TPESampler, GPSampler or RandomSampler"
+            f"{name} needs more than the policies that were scored, and could not go on after an interruption; {others}"
         )
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BaseSampler, "sampler")
@@ -233,6 +236,10 @@ def sampler_maker(spec: Mapping[str, Any] | None) -> Callable[[int], BaseSampler
         sampler: BaseSampler = parser.instantiate(read).sampler
         return sampler
 
+    try:
+        make(0)
+    except Exception as error:  # before the networks are trained that are to score its policies
+        raise UserError(f"{name} cannot be made with a seed of its own for each policy; {others}") from error
     return make
 
 

@@ -414,7 +414,17 @@ def test_samplers_of_a_config_get_a_seed_for_each_trial():
     assert first == again != other
 
 
-@pytest.mark.parametrize("name", ["CmaEsSampler", "GridSampler", "QMCSampler"])
+class Seedless(RandomSampler):
+    def __init__(self):
+        super().__init__(seed=0)
+
+
+def test_a_sampler_without_a_seed_is_refused_before_it_is_needed():
+    with pytest.raises(ValueError, match="Seedless cannot be made with a seed of its own"):
+        sampler_maker({"class_path": f"{__name__}.Seedless"})
+
+
+@pytest.mark.parametrize("name", ["CmaEsSampler", "GridSampler", "QMCSampler", "NSGAIISampler", "PartialFixedSampler"])
 def test_samplers_that_could_not_go_on_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} needs more than the policies"):
         sampler_maker({"class_path": f"optuna.samplers.{name}"})
