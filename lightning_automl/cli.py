@@ -235,7 +235,7 @@ class AutoMLCLI(LightningCLI):
                 if trained:
                     stack.enter_context(without_loading())
                 if trained and self.directory is not None:
-                    stack.enter_context(policy_kept_in(self.directory))
+                    stack.enter_context(policy_kept_in(self.directory, goes_on=self.subcommand == "fit"))
                 super().instantiate_classes()
             load_base = getattr(self.model, "load_base", None)
             if trained and load_base is not None:  # of a task whose checkpoints lack what it has frozen

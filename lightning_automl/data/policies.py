@@ -25,18 +25,22 @@ TrainPolicy = ImagePolicy | nn.Module | Callable[[Tensor], Any]
 BASE_OPERATIONS = {"none": (), "crop": ("crop",), "crop_flip": ("crop", "horizontal_flip")}
 
 
-#: The policy file of the run that is being read back, if one is.
-_kept: ContextVar[Path | None] = ContextVar("kept", default=None)
+#: The policy file of the run that is being read back, if one is, and whether the run goes on.
+_kept: ContextVar[tuple[Path, bool] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def policy_kept_in(directory: Path) -> Iterator[None]:
-    """Let data modules that are built inside take the run's own ``policy.json`` if the file that they name is gone.
+def policy_kept_in(directory: Path, *, goes_on: bool = False) -> Iterator[None]:
+    """Let data modules that are built inside take the run's own ``policy.json`` for the policy file that they name.
 
-    A run can so be tested, reported and continued when the directory of the search that found its policy is not there
-    any more. It holds for this thread (or task of asyncio) alone.
+    That file may have changed since, or be gone with the directory of the search that wrote it, and the run is to be
+    tested and reported as it was trained. It holds for this thread (or task of asyncio) alone.
+
+    Args:
+        directory: Of the run.
+        goes_on: The run is trained on: the named file counts if it is there, so that a change of it is noticed.
     """
-    token = _kept.set(directory / "policy.json")
+    token = _kept.set((directory / "policy.json", goes_on))
     try:
         yield
     finally:
@@ -51,12 +55,14 @@ def find_policy(given: TrainPolicy | str | None) -> TrainPolicy | None:
     """
     if not isinstance(given, str):
         return given
+    kept, goes_on = _kept.get() or (None, False)
+    if kept is not None and given.endswith(".json") and kept.is_file():
+        there = Path(given).is_file()
+        if not there:
+            log.info("the policy file %s is not there any more; taking the run's own, %s", given, kept)
+        return load_policy(given if there and goes_on else kept)
     if Path(given).is_file():
         return load_policy(given)
-    kept = _kept.get()
-    if given.endswith(".json") and kept is not None and kept.is_file():
-        log.info("the policy file %s is not there any more; taking the run's own, %s", given, kept)
-        return load_policy(kept)
     if Path(given).is_dir():
         raise UserError(f"train_policy is the directory {given}; give the policy.json in it")
     if "/" in given or given.endswith((".json", ".yaml")):

@@ -75,6 +75,18 @@ def test_a_policy_file_that_is_gone_is_replaced_by_the_copy_of_the_run(tmp_path)
         DigitsDataModule(train_policy=missing)
 
 
+@pytest.mark.parametrize("text", ["{", json.dumps(policy_to_dict(Identity("radiograph")))], ids=["broken", "other"])
+def test_a_policy_file_that_changed_is_read_only_by_a_run_that_goes_on(tmp_path, text):
+    save_policy(INVERT, tmp_path / "policy.json")
+    changed = tmp_path / "changed.json"
+    changed.write_text(text)
+    settings = {"train_policy": str(changed), "base_augment": "crop_flip"}
+    with policy_kept_in(tmp_path):
+        assert DigitsDataModule(**settings).train_policy == INVERT
+    with policy_kept_in(tmp_path, goes_on=True), pytest.raises(UserError, match=r"changed\.json|horizontal_flip"):
+        DigitsDataModule(**settings)
+
+
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("base_augment", BASE_OPERATIONS)
 def test_the_base_augmentation_obeys_the_space_of_the_policy(space, base_augment):
