@@ -28,7 +28,7 @@ import lightning_automl.losses
 import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
 from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter, TrialPruning
-from lightning_automl.callbacks.records import policy_record
+from lightning_automl.callbacks.records import policy_changed
 from lightning_automl.data.policies import policy_kept_in
 from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
@@ -299,13 +299,11 @@ class AutoMLCLI(LightningCLI):
         Other data on purpose (``test --data.init_args.path``) are another configuration and are let through.
         """
         data: Any = self.datamodule
-        if self.subcommand == "fit" and self._goes_on():
-            kept, policy = read_json(directory / "policy.json"), policy_record(data)
-            if None not in (kept, policy) and kept != policy:
-                raise UserError(
-                    f"train_policy is not the policy that {directory} was started with, which its policy.json holds; "
-                    "restore the former one, or start anew in another --dir"
-                )
+        if self.subcommand == "fit" and self._goes_on() and policy_changed(directory / "policy.json", data):
+            raise UserError(
+                f"train_policy is not the policy that {directory} was started with, which its policy.json holds; "
+                "restore the former one, or start anew in another --dir"
+            )
         known = (read_json(directory / "data.json") or {}).get("index")
         if known is None or not hasattr(data, "contents") or (self.subcommand == "fit" and not self._goes_on()):
             return

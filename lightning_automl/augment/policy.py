@@ -206,10 +206,15 @@ class ImagePolicy(v2.Transform, ABC):  # type: ignore[misc]
         )
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and isinstance(other, ImagePolicy) and self.arguments() == other.arguments()
+        return type(self) is type(other) and isinstance(other, ImagePolicy) and self._same() == other._same()
 
     def __hash__(self) -> int:
-        return hash(json.dumps([type(self).__name__, self.arguments()], sort_keys=True))
+        arguments, space = self._same()
+        return hash((type(self).__name__, json.dumps(arguments, sort_keys=True), space))
+
+    def _same(self) -> tuple[dict[str, Any], OperationSpace | None]:
+        """What equal policies have in common: the words about a space are not compared."""
+        return {key: value for key, value in self.arguments().items() if key != "space"}, self.space
 
     def _common(self) -> dict[str, Any]:
         space = self.space.to_dict() if self.space else None
@@ -318,11 +323,13 @@ class Policy(ImagePolicy):
         """
         kept: dict[tuple[Any, ...], list[Step]] = {}
         for policy in (self, *others):
-            if policy._common() != self._common():
-                raise UserError(
-                    f"policies of different spaces, interpolation or fill cannot be merged: {self._common()} and "
-                    f"{policy._common()}; make them alike first"
-                )
+            for what in ("space", "interpolation", "fill"):
+                own, others_own = getattr(self, what), getattr(policy, what)
+                if own != others_own:
+                    own, others_own = (getattr(value, "name", value) for value in (own, others_own))
+                    raise UserError(
+                        f"policies of another {what} cannot be merged: {own!r} and {others_own!r}; make it the same"
+                    )
             for steps in policy.restated(self.space):
                 kept.setdefault(tuple(_meaning(step) for step in steps), steps)
         return Policy(list(kept.values()), self.space, self.interpolation, self.fill)

@@ -1,6 +1,5 @@
 """What a run directory keeps of its data and of its predictions, so that both can be had without the data later."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_automl.augment.policy import ImagePolicy, policy_to_dict
+from lightning_automl.augment.policy import ImagePolicy, load_policy, policy_to_dict
 from lightning_automl.rundir import UserError, index_digest, replacing, write_json
 
 _MOST_LEAKS = 20
@@ -60,10 +59,14 @@ def policy_record(data: Any) -> dict[str, Any] | None:
     if not isinstance(policy, ImagePolicy):
         return None
     try:
-        record: dict[str, Any] = json.loads(json.dumps(policy_to_dict(policy)))  # as it is read back
-        return record
+        return policy_to_dict(policy)
     except UserError:  # a class of the user's own, which the config names
         return None
+
+
+def policy_changed(path: Path, data: Any) -> bool:
+    """Whether a data module trains with another policy than the one that a run's ``policy.json`` keeps."""
+    return path.exists() and policy_record(data) is not None and load_policy(path) != data.train_policy
 
 
 def split_digest(data: Any, split: str) -> str:

@@ -212,6 +212,15 @@ def test_a_policy_is_json_whatever_numbers_it_was_given(tmp_path):
     assert policy.fill == [1, 2, 3]
 
 
+def test_the_words_of_a_space_make_no_other_policy():
+    plain, told = ({"name": "mine", "operations": {"rotate": 3}, "reason": reason} for reason in ("", "since"))
+    assert TrivialAugment(plain) == TrivialAugment(told)
+    assert hash(TrivialAugment(plain)) == hash(TrivialAugment(told))
+    assert TrivialAugment(plain) != TrivialAugment({**plain, "operations": {"rotate": 4}})
+    steps = [[Step("rotate")]]
+    assert Policy(steps, plain) + Policy(steps, told) == Policy(steps, plain)
+
+
 def test_an_unknown_interpolation_is_told():
     with pytest.raises(UserError, match="known: nearest, bilinear"):
         TrivialAugment(interpolation="bicubic")
@@ -234,8 +243,10 @@ def test_merging_keeps_each_sub_policy_once():
     assert len(AutoAugment("imagenet") + AutoAugment("imagenet")) == len(
         {tuple(map(str, s)) for s in numbers("imagenet")}
     )
-    with pytest.raises(UserError, match="cannot be merged"):
+    with pytest.raises(UserError, match="another space cannot be merged: None and 'natural'"):
         first.merge(Policy([[Step("rotate")]], "natural"))
+    with pytest.raises(UserError, match="another fill cannot be merged: None and 3"):
+        first.merge(Policy([[Step("rotate")]], fill=3))
     with pytest.raises(TypeError, match="unsupported operand"):
         first + TrivialAugment()
 
