@@ -13,7 +13,10 @@ COMMANDS = {
     "validate": ("cli", "evaluate a run's best checkpoint on the validation split"),
     "test": ("cli", "evaluate a run's best checkpoint on the test split"),
     "predict": ("cli", "write the class probabilities of a run's best checkpoint to predictions.csv"),
-    "search": ("searching", "vary a fit config by a sampler, stop weak trials early, and leave the best config"),
+    "search": (
+        "searching",
+        "vary a fit config and leave the best, or search for an augmentation policy",
+    ),
     "report": ("finished", "write one HTML page about a run or a search, finished or not"),
     "export": ("finished", "write a run's network as ONNX, torch.export or safetensors, and check its outputs"),
     "classify": ("finished", "label new images with a run or an exported ONNX file"),

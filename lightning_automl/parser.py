@@ -70,10 +70,11 @@ def with_saved_config(arguments: list[str]) -> list[str]:
             raise UserError(f"{command} needs the directory of a run; give --dir")
         return arguments
     config = directory / "config.yaml"
-    if (directory / "study.json").exists():
+    if any((directory / name).exists() for name in ("study.json", "density")):
+        part = "folds/0" if (directory / "folds").is_dir() else "trials/0000"
         raise UserError(
             f"{directory} is the directory of a search; give {command} the --dir of one of its runs, as "
-            f"{directory / 'trials' / '0000'}, or fit its best config by --config {directory / 'best.yaml'}"
+            f"{directory / part}, or fit its best config by --config {directory / 'best.yaml'}"
         )
     if config.exists():
         return [command, "--config", str(config), *rest]

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from lightning_automl.augment import Identity, ImagePolicy, Policy, TrivialAugment, load_policy, save_policy
-from lightning_automl.augment.policy import policy_to_dict
+from lightning_automl.augment import Policy, TrivialAugment, load_policy, save_policy
 from lightning_automl.results.policy_pictures import draw_pictures
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError, write_json, write_text
@@ -24,11 +23,12 @@ from lightning_automl.search.policies import PolicyMethod, PolicySpace, Scored, 
 from lightning_automl.search.spaces import Space
 from lightning_automl.search_command import SearchCommand, counted
 from lightning_automl.searching import Search, covering
-from lightning_automl.studies.acceptance import SEARCHED, compare, run_of
+from lightning_automl.studies.acceptance import SEARCHED, compare, policy_of, run_of
 from lightning_automl.studies.configs import TrialConfigs, of_fold, with_policy
 from lightning_automl.studies.files import StudyFiles
 from lightning_automl.studies.policies import FoldSearches, fold_run
 from lightning_automl.studies.progress import Pace, bar
+from lightning_automl.studies.runs import directory_of
 from lightning_automl.studies.workers import Workers
 
 log = logging.getLogger("lightning_automl")
@@ -55,7 +55,7 @@ class _PolicySearch(SearchCommand):
     @property
     def apart(self) -> int:
         """Number of folds that the search does not see."""
-        return 0 if self.given.acceptance is None else int(self.given.acceptance["folds"])
+        return 0 if self.given.acceptance is None else int(self.given.acceptance.folds)
 
     def _check(self, scratch: Path) -> None:
         given = self.given
@@ -75,12 +75,11 @@ class _PolicySearch(SearchCommand):
 
     def _check_data(self, scratch: Path) -> dict[str, Any]:
         """Build the run on the first fold, and on one of the comparison; what is known of its images."""
-        space, folds = self.method.space.to_dict(), self.given.folds + self.apart
+        space, folds = self.method.space, self.given.folds + self.apart
         built = [fold_run(self.base, scratch, space, 0, folds, range(self.given.folds, folds))]
         if self.apart:
-            trivial = policy_to_dict(TrivialAugment(self.method.space))
-            policy = {"class_path": f"lightning_automl.augment.{trivial['policy']}", "init_args": trivial["arguments"]}
-            built.append(run_of(self.base, scratch, policy, folds - 1, folds, self.given.seed))
+            save_policy(TrivialAugment(space), policy_of(scratch, "trivial_augment"))
+            built.append(run_of(self.base, scratch, "trivial_augment", folds - 1, folds, self.given.seed))
         try:
             found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=[], built=built)
         except UserError as error:
@@ -99,13 +98,12 @@ class _PolicySearch(SearchCommand):
     def _keep_searched(self, policy: Policy) -> None:
         """Write the policy that was found; what was trained with one of fewer trials is put aside."""
         save_policy(policy, self.directory / "searched_policy.json")
-        kept = self.directory / "acceptance" / SEARCHED
-        path = kept / "policy.json"
+        path = policy_of(self.directory, SEARCHED)
         if path.exists() and load_policy(path) != policy:
             former = self.directory / "superseded"
             former.mkdir(exist_ok=True)
             aside = former / f"searched-{len(list(former.iterdir())) + 1}"
-            kept.rename(aside)
+            path.parent.rename(aside)
             log.info("more trials have found another policy; what was trained with the former one is in %s", aside)
         if self.apart:
             save_policy(policy, path)
@@ -117,7 +115,7 @@ class _PolicySearch(SearchCommand):
             log.warning("acceptance is null: the searched policy is taken without a comparison")
             save_policy(policy, self.directory / "policy.json")
             return None
-        total = _ARMS * wanted["folds"] * wanted["seeds"]
+        total = _ARMS * wanted.folds * wanted.seeds
         log.info("comparing on %s that the search has not seen: %s", counted(self.apart, "fold"), self._compared())
         pace = Pace(total)
         with bar("runs", total) as advance:
@@ -135,18 +133,14 @@ class _PolicySearch(SearchCommand):
                 self.method.space,
                 folds=range(self.given.folds, self.given.folds + self.apart),
                 all_folds=self.given.folds + self.apart,
-                seeds=range(self.given.seed, self.given.seed + wanted["seeds"]),
+                seeds=range(self.given.seed, self.given.seed + wanted.seeds),
                 metric=self.monitors[0],
                 direction=self.directions[0],
                 on_run=told,
             )
         log.info("%s", record["sentence"])
-        save_policy(self._adopted(record["adopted"], policy), self.directory / "policy.json")
+        save_policy(load_policy(policy_of(self.directory, record["adopted"])), self.directory / "policy.json")
         return record
-
-    def _adopted(self, name: str, searched: Policy) -> ImagePolicy:
-        space = self.method.space
-        return {SEARCHED: searched, "none": Identity(space), "trivial_augment": TrivialAugment(space)}[name]
 
     def _record(self, kept: Iterable[Mapping[str, Any]], **further: Any) -> dict[str, Any]:
         """What ``policy_search.json`` says of any method."""
@@ -188,7 +182,7 @@ class _PolicySearch(SearchCommand):
     def _write_best(self) -> None:
         """Write the fit config with the policy that was adopted."""
         path = self.directory / "best.yaml"
-        config = with_policy(self.base, str((self.directory / "policy.json").resolve()))
+        config = with_policy(self.base, self.directory / "policy.json")
         about = (
             f"The run with the policy that {type(self.method).__name__} has found, or the simple one that was better"
         )
@@ -217,7 +211,7 @@ class _PolicySearch(SearchCommand):
         wanted = self.given.acceptance
         if wanted is None:
             return "no comparison"
-        total = _ARMS * wanted["folds"] * wanted["seeds"]
+        total = _ARMS * wanted.folds * wanted.seeds
         return (
             f"{counted(total, 'run')} (no policy, TrivialAugment and the searched one, on "
             f"{counted(wanted['folds'], 'fold')} with {counted(wanted['seeds'], 'seed')})"
@@ -240,7 +234,7 @@ class _PolicySearch(SearchCommand):
 
     def _compared_runs(self) -> int:
         wanted = self.given.acceptance
-        return 0 if wanted is None else _ARMS * int(wanted["folds"]) * int(wanted["seeds"])
+        return 0 if wanted is None else _ARMS * wanted.folds * wanted.seeds
 
 
 class FastAutoAugment(_PolicySearch):
@@ -345,11 +339,10 @@ class _ChildConfigs(TrialConfigs):
     apart: range
 
     def trained(self, values: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """The config to train with the policy of these values; without values with none."""
-        policy: ImagePolicy = self.policies.policy(values) if values else Identity(self.policies.space)
-        kept = policy_to_dict(policy)
-        spec = {"class_path": f"lightning_automl.augment.{kept['policy']}", "init_args": kept["arguments"]}
-        config = with_policy(super().trained({}, attributes), spec)
+        """The config to train with the policy of these values, which is written to the trial's ``policy.json``."""
+        path = self.directory / attributes["directory"] / "policy.json"
+        save_policy(self.policies.policy(values), path)
+        config = with_policy(super().trained({}, attributes), path)
         return of_fold(config, 0, self.folds, self.apart)
 
 
@@ -375,7 +368,7 @@ class AutoAugment(_PolicySearch, Search):
 
     def _check_runs(self, scratch: Path) -> None:
         self.unchanged = None  # the run as it is has no policy, and so is not in the space
-        child = self.configs.of_trial(next(iter(covering(self.space, 1))), {})
+        child = self.configs.of_trial(covering(self.space, 1)[0], {"directory": directory_of(0)})
         self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=[child], built=[])
 
     def _identity(self) -> dict[str, Any]:

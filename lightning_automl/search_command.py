@@ -26,7 +26,7 @@ from lightning_automl.rundir import (
 from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.study import StudyFailed
 from lightning_automl.search.trials import TrialServer
-from lightning_automl.search_config import METHOD_KEYS, SearchConfig, plain
+from lightning_automl.search_config import METHOD_KEYS, NOT_OF_METHODS, SearchConfig, plain
 
 log = logging.getLogger("lightning_automl")
 
@@ -130,7 +130,7 @@ class SearchCommand(ABC):
 
     def _resolved(self) -> dict[str, Any]:
         """The search as it is kept: with the whole run, without the directory."""
-        left_out = {"config", "dir", *(() if self.config.method else METHOD_KEYS)}
+        left_out = {"config", "dir", *(NOT_OF_METHODS if self.config.method else METHOD_KEYS)}
         kept = {key: value for key, value in plain(self.given).items() if key not in left_out}
         return kept | {
             "run": self.base,

@@ -1,6 +1,7 @@
 """What a search config says: its keys, what is wrong with them, and the sampler and pruner that they name."""
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 import warnings
@@ -34,8 +35,21 @@ _FILLED = {"search_space", "total"}
 
 #: Keys of a search for augmentation policies alone, and those that it has no use for.
 METHOD_KEYS = ("method", "acceptance")
-_NOT_OF_METHODS = ("space", "epochs", "enqueue", "retrain")
+NOT_OF_METHODS = ("space", "epochs", "enqueue", "retrain")
 _NOT_OF_FAST = ("storage", "pruner")
+
+
+@dataclasses.dataclass
+class Acceptance:
+    """What a searched policy is compared on.
+
+    Args:
+        folds: Of the data, which the search does not see.
+        seeds: Of the runs on each.
+    """
+
+    folds: int = 2
+    seeds: int = 3
 
 
 def _parser(policies: bool) -> jsonargparse.ArgumentParser:
@@ -80,8 +94,8 @@ def _parser(policies: bool) -> jsonargparse.ArgumentParser:
             "policies are searched on, 5 by default.",
         ),
         "acceptance": (
-            plain | None,
-            {"folds": 2, "seeds": 3},
+            Acceptance | None,
+            Acceptance(),
             "With a method: on how many folds that the search does not see, and with how many seeds on each, its "
             "policy is compared with none and TrivialAugment; null for no comparison.",
         ),
@@ -171,6 +185,11 @@ class SearchConfig:
         if given.run is None:
             raise UserError("a search needs the fit config that it varies; give it as run: in the search config")
         self.method = None if given.method is None else self._method()
+        if self.method is None and plain(given.acceptance) != dataclasses.asdict(Acceptance()):
+            raise UserError(
+                "acceptance says how a searched policy is compared, and no policy is searched; leave it out, "
+                "or give a method in place of the space"
+            )
         if not given.space and self.method is None:
             raise UserError("the space is empty; name at least one value of the run to vary under space:")
         if given.workers < 1:
@@ -224,7 +243,7 @@ class SearchConfig:
             except Exception as error:
                 raise _refused("method", error) from error
         name = type(method).__name__
-        useless = (*_NOT_OF_METHODS, *(_NOT_OF_FAST if name == "FastAutoAugmentSearch" else ()))
+        useless = (*NOT_OF_METHODS, *(_NOT_OF_FAST if name == "FastAutoAugmentSearch" else ()))
         for key in useless:
             if given[key] != self._parser.get_default(key):
                 raise UserError(f"method is {name}, and {key} says nothing to it; leave one of the two out")
@@ -232,24 +251,18 @@ class SearchConfig:
             given.trials = 200
         if given.folds is None:
             given.folds = 5
-        self._fill_acceptance()
+        self._check_acceptance()
         return method
 
-    def _fill_acceptance(self) -> None:
-        """Complete what was said of the comparison that a searched policy has to stand, and refuse what cannot be."""
+    def _check_acceptance(self) -> None:
         wanted = self.given.acceptance
         if wanted is None:
             return
-        default = {"folds": 2, "seeds": 3}
-        if unknown := sorted(map(str, wanted.keys() - default.keys())):
-            raise UserError(f"unknown key {unknown[0]!r} of acceptance; known: folds, seeds")
-        wanted = default | plain(wanted)
-        for key, value in wanted.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"acceptance.{key} is {value!r}; it must be 1 or more, or acceptance be null")
-        if wanted["folds"] * wanted["seeds"] < 2:
+        for key, value in plain(wanted).items():
+            if value < 1:
+                raise UserError(f"acceptance.{key} is {value}; give 1 or more, or acceptance: null for no comparison")
+        if wanted.folds * wanted.seeds < 2:
             raise UserError("acceptance has one fold and one seed, of which no interval can be told; give more of one")
-        self.given.acceptance = wanted
 
     def _check_monitors(self) -> None:
         """Refuse what can be seen to be wrong before a run has logged anything."""
@@ -266,8 +279,15 @@ class SearchConfig:
         if self.method is not None:
             if len(self.monitors) > 1 or any(name in COSTS for name in self.monitors):
                 raise UserError(f"monitor is {', '.join(self.monitors)}; policies are compared by one metric of val")
+            if self.monitors and self.monitors[0].startswith("train_"):
+                raise UserError(
+                    f"monitor is {self.monitors[0]}: policies are compared by images that were not trained on; "
+                    "take its val_ metric"
+                )
             if self.is_sampler(PopulationSampler):
                 raise UserError("population based training searches no policies; leave the sampler out")
+            if any(map(self.is_sampler, (GridSampler, BruteForceSampler))):
+                raise UserError("there are too many policies to try each; take another sampler than one that does")
         if self.is_sampler(PopulationSampler):
             if len(self.monitors) > 1:
                 raise UserError("population based training has one monitor, a metric; leave the others out")

@@ -264,7 +264,7 @@ BAD = {
     "unknown argument": (method_of(round=2), "did you mean 'rounds'"),
     "a sampler that remembers": ({"sampler": {"class_path": "CmaEsSampler"}}, "CmaEsSampler"),
     "a comparison of one run": ({"acceptance": {"folds": 1, "seeds": 1}}, "no interval"),
-    "unknown key of the comparison": ({"acceptance": {"fold": 1}}, "known: folds, seeds"),
+    "unknown key of the comparison": ({"acceptance": {"fold": 1}}, "did you mean 'folds'"),
     "no seed": ({"acceptance": {"seeds": 0}}, "acceptance.seeds is 0"),
     "trials": ({"trials": 0}, "trials is 0"),
 }

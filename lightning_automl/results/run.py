@@ -115,7 +115,7 @@ def _config(directory: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; give the --dir of a fit") from error
     if isinstance(config, dict) and ("space" in config or "method" in config) and "model" not in config:
-        part = "trials/0000" if "space" in config else "folds/0"
+        part = "folds/0" if (directory / "folds").is_dir() else "trials/0000"
         raise UserError(
             f"{directory} is the directory of a search; give that of a run, as {directory}/{part}, or the --dir "
             f"of fit --config {directory}/best.yaml"

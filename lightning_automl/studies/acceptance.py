@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_automl.augment.spaces import OperationSpace
+from lightning_automl.augment import Identity, OperationSpace, TrivialAugment, save_policy
 from lightning_automl.metrics.comparison import corrected_resampled_t_test
 from lightning_automl.results.run import Run
 from lightning_automl.studies.configs import closed, of_fold, to_its_end, with_policy
@@ -19,8 +19,11 @@ from lightning_automl.studies.workers import Workers
 
 SEARCHED = "searched"
 
-#: The simple ways, by the name of their arm: a class of ``augment``, and what to call it.
-SIMPLE = {"none": ("Identity", "no policy"), "trivial_augment": ("TrivialAugment", "TrivialAugment")}
+#: The simple ways, by the name of their arm: a policy, and what to call it.
+SIMPLE: dict[str, tuple[type[Identity] | type[TrivialAugment], str]] = {
+    "none": (Identity, "no policy"),
+    "trivial_augment": (TrivialAugment, "TrivialAugment"),
+}
 
 #: Values of an arm by fold and seed; NaN where a run gave none.
 Values = Mapping[tuple[int, int], float]
@@ -63,15 +66,12 @@ def compare(
         UserError: If a run refuses its config.
         StudyFailed: If a run failed.
     """
-    of_arms: dict[str, Mapping[str, Any] | str] = {
-        name: {"class_path": f"lightning_automl.augment.{cls}", "init_args": {"space": space.to_dict()}}
-        for name, (cls, _) in SIMPLE.items()
-    }
-    of_arms[SEARCHED] = str((directory / "acceptance" / SEARCHED / "policy.json").resolve())
+    for name, (cls, _) in SIMPLE.items():
+        save_policy(cls(space), policy_of(directory, name))
 
     def train(job: tuple[int, int, str]) -> tuple[float, dict[str, int]]:
         seed, fold, arm = job
-        config = run_of(base, directory, of_arms[arm], fold, all_folds, seed)
+        config = run_of(base, directory, arm, fold, all_folds, seed)
         place = directory / "acceptance" / arm / f"fold-{fold}-seed-{seed}"
         workers.fit(f"the training of {arm} on fold {fold} with seed {seed}", config, place)
         run = Run.read(place)
@@ -79,25 +79,24 @@ def compare(
         on_run(arm, fold, seed, value)
         return value, {split: sum(counts) for split, counts in run.data["counts"].items()}
 
+    arms = (*SIMPLE, SEARCHED)
     # Seed by seed, so that what is there when the search is stopped is a whole comparison of fewer seeds.
-    jobs = [(seed, fold, arm) for seed in seeds for fold in folds for arm in of_arms]
+    jobs = [(seed, fold, arm) for seed in seeds for fold in folds for arm in arms]
     found = dict(zip(jobs, workers.each(train, jobs), strict=True))
-    values = {arm: {(fold, seed): found[seed, fold, arm][0] for fold in folds for seed in seeds} for arm in of_arms}
+    values = {arm: {(fold, seed): found[seed, fold, arm][0] for fold in folds for seed in seeds} for arm in arms}
     sizes = [size for _, size in found.values()]
     train_images, test_images = (round(sum(size[split] for size in sizes) / len(sizes)) for split in ("train", "val"))
     return judge(values, metric, direction, train_images, test_images)
 
 
-def run_of(
-    base: Mapping[str, Any],
-    directory: Path,
-    policy: Mapping[str, Any] | str,
-    fold: int,
-    all_folds: int,
-    seed: int,
-) -> dict[str, Any]:
+def policy_of(directory: Path, arm: str) -> Path:
+    """The file of the policy that an arm is trained with."""
+    return directory / "acceptance" / arm / "policy.json"
+
+
+def run_of(base: Mapping[str, Any], directory: Path, arm: str, fold: int, all_folds: int, seed: int) -> dict[str, Any]:
     """The config of a run of the comparison: trained on all folds but one, to its last epoch, and validated on it."""
-    config = of_fold(closed(with_policy(base, policy), directory), fold, all_folds)
+    config = of_fold(closed(with_policy(base, policy_of(directory, arm)), directory), fold, all_folds)
     return to_its_end(config | {"seed_everything": seed})
 
 

@@ -92,9 +92,13 @@ def of_fold(config: Mapping[str, Any], fold: int, folds: int, without: Sequence[
     return _with_data(config, fold=fold, folds=folds, **({"without_folds": list(without)} if without else {}))
 
 
-def with_policy(config: Mapping[str, Any], policy: Mapping[str, Any] | str) -> dict[str, Any]:
-    """The config of a run that is trained with a policy: the file of one, or its class and arguments."""
-    return _with_data(config, train_policy=policy if isinstance(policy, str) else dict(policy))
+def with_policy(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The config of a run that is trained with the policy in a file.
+
+    A file and not the policy itself: as arguments of a class it would come back in other words from the parser, and a
+    run that goes on would be refused.
+    """
+    return _with_data(config, train_policy=str(file.resolve()))
 
 
 def of_seed(config: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_automl.augment import Identity, OperationSpace, save_policy
 from lightning_automl.rundir import read_json, write_json, write_text
 from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch, read_round
 from lightning_automl.search.policies import Scored, best_of
@@ -22,12 +23,7 @@ Rounds = Mapping[tuple[int, int], Sequence[Scored]]
 
 
 def fold_run(
-    base: Mapping[str, Any],
-    directory: Path,
-    space: Mapping[str, Any],
-    fold: int,
-    folds: int,
-    apart: Sequence[int],
+    base: Mapping[str, Any], directory: Path, space: OperationSpace, fold: int, folds: int, apart: Sequence[int]
 ) -> dict[str, Any]:
     """The config of a fold's network: trained without a policy, on all folds but this one and those set apart.
 
@@ -35,14 +31,15 @@ def fold_run(
 
     Args:
         base: The resolved fit config.
-        directory: Of the search.
+        directory: Of the search; the policy that does nothing is written to its ``folds/policy.json``.
         space: Whose base operations the run has to obey.
         fold: Number of the fold.
         folds: How many there are, those set apart included.
         apart: Numbers of those set apart.
     """
-    identity = {"class_path": "lightning_automl.augment.Identity", "init_args": {"space": dict(space)}}
-    config = to_its_end(of_fold(closed(with_policy(base, identity), directory), fold, folds, apart))
+    policy = directory / "folds" / "policy.json"
+    save_policy(Identity(space), policy)
+    config = to_its_end(of_fold(closed(with_policy(base, policy), directory), fold, folds, apart))
     config["trainer"]["limit_val_batches"] = 0
     return config
 
@@ -106,20 +103,17 @@ class FoldSearches:
         """
         done = sum(len(scored) for scored in self.rounds().values())
         pace = Pace(self.evaluations, done)
+        all_folds = self.folds + len(self.apart)
+        configs = [
+            fold_run(self.base, self.directory, self.method.space, fold, all_folds, self.apart)
+            for fold in range(self.folds)
+        ]
         with bar("policies", self.evaluations) as advance:
 
             def work(fold: int) -> None:
-                config = fold_run(
-                    self.base,
-                    self.directory,
-                    self.method.space.to_dict(),
-                    fold,
-                    self.folds + len(self.apart),
-                    self.apart,
-                )
                 before = (read_json(self.place(fold) / "summary.json") or {}).get("status") == "finished"
                 log.info("fold %d: %s", fold, "trained before" if before else "a network is trained without it")
-                summary = self.workers.fit(f"the training without fold {fold}", config, self.place(fold))
+                summary = self.workers.fit(f"the training without fold {fold}", configs[fold], self.place(fold))
                 if not before:
                     log.info("fold %d: its network is trained (%.0f s); scoring policies", fold, summary["seconds"])
                 self._score(fold, pace, advance)
