@@ -114,7 +114,9 @@ def apply(
         return images.clone()
     # Each round does the next operation of every image. Before it, images that need the same are moved next to each
     # other, so that the round works in place on views of one tensor; `rows` says where in the batch each one belongs.
-    batch, rows, position = images, np.arange(len(images)), np.zeros(len(images), dtype=np.int64)
+    # It is in the layout of data modules and networks, whatever the given one is.
+    originals = _channels_last(images)
+    batch, rows, position = originals, np.arange(len(images)), np.zeros(len(images), dtype=np.int64)
     heads = steps.ranks[:, 0]
     while heads.any():
         order = np.argsort(heads, kind="stable")
@@ -123,7 +125,7 @@ def apply(
         here = rows, np.minimum(position, steps.strengths.shape[1] - 1)
         strengths, seeds = steps.strengths[here], steps.seeds[here]
         still = [run for run in runs if run.rank < _FIRST_GEOMETRIC]
-        _change(batch, images, still, rows, strengths, seeds)
+        _change(batch, originals, still, rows, strengths, seeds)
         for run in still:
             position[run.first : run.last] += 1
         if len(still) < len(runs):
@@ -131,7 +133,8 @@ def apply(
             route = _route(rows[some], position[some], steps, images.shape[2], images.shape[3])
             _move(batch[some], route, filling, interpolation)
         heads = steps.ranks[rows, position]
-    return _chosen(batch, np.argsort(rows), like=images)
+    batch = _chosen(batch, np.argsort(rows))
+    return batch.contiguous() if images.is_contiguous() else batch
 
 
 def apply_operation(
@@ -236,7 +239,7 @@ def _blocks(first: int, last: int, images: Tensor) -> list[slice]:
     _, channels, height, width = images.shape
     step = max(1, _BLOCK // (channels * height * width))
     if last - first <= step or images.device.type != "cpu":
-        return [slice(first, last)]
+        return [slice(first, last)] if last > first else []
     return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
 
@@ -268,19 +271,21 @@ def _on(device: torch.device, numbers: NDArray[Any], dtype: torch.dtype | None =
     return torch.from_numpy(numbers).to(dtype).to(device, non_blocking=True)
 
 
-def _chosen(images: Tensor, places: NDArray[np.int64], like: Tensor | None = None) -> Tensor:
-    """The images of these places, with a plane a channel, or in the memory format of ``like``."""
-    index = _on(images.device, places)
-    if _is_channels_last(images):  # whole images are copied at once
-        return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2).contiguous()
-    images = images.index_select(0, index)
-    if like is None or not _is_channels_last(like):
+def _channels_last(images: Tensor) -> Tensor:
+    """The images with the channels of a pixel side by side in memory; themselves if they are so."""
+    if images.is_contiguous(memory_format=torch.channels_last):
         return images
     return torch.stack(images.unbind(1), -1).permute(0, 3, 1, 2)  # twice as fast as `contiguous(memory_format=…)`
 
 
-def _is_channels_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+def _in_memory(images: Tensor) -> Tensor:
+    """A view of channels-last images as they lie in memory ``(images, height, width, channels)``."""
+    return images.permute(0, 2, 3, 1)
+
+
+def _chosen(images: Tensor, places: NDArray[np.int64]) -> Tensor:
+    """The images of these places."""
+    return _in_memory(images).index_select(0, _on(images.device, places)).permute(0, 3, 1, 2)
 
 
 def _change(
@@ -303,26 +308,27 @@ def _change(
         _look_up(batch, tables, amounts)
     for rank, first, last in runs[len(tables) :]:
         name = _RANKED[rank]
-        if name == "sample_pairing":
-            partners = (rows[first:last] + 1 + seeds[first:last] % max(1, len(rows) - 1)) % len(rows)
-            part, levels = batch[first:last], _levels(_chosen(originals, partners))
-            start = _levels(part)
-            _store(part, levels.sub_(start).mul_(amounts[first:last].unsqueeze(1)).add_(start), name)
-            continue
         drawn = _on(batch.device, seeds) if name in pixels.DRAWING else None
         for some in _blocks(first, last, batch):
             part, amount = batch[some], amounts[some]
-            if name in pixels.EIGHT_BITS:
+            if name == "sample_pairing":
+                partners = (rows[some] + 1 + seeds[some] % max(1, len(rows) - 1)) % len(rows)
+                others, levels = _levels(_chosen(originals, partners)), _levels(part)
+                _store(part, others.sub_(levels).mul_(amount.unsqueeze(1)).add_(levels), name)
+            elif name in pixels.EIGHT_BITS:
                 levels = _bytes(part.float().mul_(255).add_(0.5).clamp_(0, 255))
                 _look_up(levels, [_Run(rank, 0, len(levels))], amount)
                 part.copy_(levels.float().div_(255))
             elif name in pixels.POINTWISE:
                 levels = _levels(part)
                 statistic = pixels.STATISTICS[name](levels) if name in pixels.STATISTICS else levels
-                _store(part, pixels.POINTWISE[name](levels.flatten(2), amount, statistic).view(part.shape), name)
+                flat = _in_memory(levels).view(len(levels), 1, -1)
+                changed = pixels.POINTWISE[name](flat, amount, statistic)
+                _store(part, changed.view(_in_memory(part).shape).permute(0, 3, 1, 2), name)
             else:
                 own = amounts if drawn is None else drawn
-                _store(part, pixels.FILTERS[name](_levels(part), amount.unsqueeze(1), own[some]), name)
+                levels = _levels(part).contiguous()
+                _store(part, pixels.FILTERS[name](levels, amount.unsqueeze(1), own[some]), name)
 
 
 def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
@@ -341,8 +347,9 @@ def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
             table.add_(0.5)
     entries = _bytes(tables.clamp_(0, 255))
     for some in _blocks(start, end, images):
-        values = images[some].flatten(2)
-        torch.gather(entries[some.start - start : some.stop - start], 2, values.long(), out=values)
+        values = _in_memory(images[some]).flatten(1)
+        own = entries[some.start - start : some.stop - start].flatten(1)
+        torch.gather(own, 1, pixels.table_places(images[some]), out=values)
 
 
 def _levels(images: Tensor) -> Tensor:
@@ -421,11 +428,15 @@ def _move(images: Tensor, route: _Route, filling: Tensor, interpolation: Interpo
             images[some] = geometry.resample(images[some], route.outer[some], filling, interpolation)
         return
     straight, deformed = np.flatnonzero(route.amounts == 0), np.flatnonzero(route.amounts)
-    if len(straight):
-        part = geometry.resample(_chosen(images, straight), route.outer[straight], filling, interpolation)
-        images.index_copy_(0, _on(images.device, straight), part)
-    field = geometry.displacements(route.amounts[deformed], _on(images.device, route.seeds[deformed]), height, width)
-    places = geometry.moved(route.inner[deformed], geometry.centres(height, width, images.device)[None])
-    places = places + geometry.at(field, places)
-    part = geometry.resample(_chosen(images, deformed), route.outer[deformed], filling, interpolation, places)
-    images.index_copy_(0, _on(images.device, deformed), part)
+    for some in _blocks(0, len(straight), images):
+        here = straight[some]
+        part = geometry.resample(_chosen(images, here), route.outer[here], filling, interpolation)
+        images.index_copy_(0, _on(images.device, here), part)
+    middles = geometry.centres(height, width, images.device)[None]
+    for some in _blocks(0, len(deformed), images):
+        here = deformed[some]
+        field = geometry.displacements(route.amounts[here], _on(images.device, route.seeds[here]), height, width)
+        places = geometry.moved(route.inner[here], middles)
+        places = places + geometry.at(field, places)
+        part = geometry.resample(_chosen(images, here), route.outer[here], filling, interpolation, places)
+        images.index_copy_(0, _on(images.device, here), part)

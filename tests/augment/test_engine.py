@@ -102,6 +102,20 @@ def test_how_many_images_are_worked_on_at_once_does_not_matter(dtype, interpolat
         torch.testing.assert_close(result, results[0], atol=1e-6, rtol=0)
 
 
+def test_deformed_images_are_worked_on_a_few_at_once(monkeypatch):
+    images = pictures(9)
+    counts, displacements = [], geometry.displacements
+
+    def counted(strengths, *arguments):
+        counts.append(len(strengths))
+        return displacements(strengths, *arguments)
+
+    monkeypatch.setattr(geometry, "displacements", counted)
+    monkeypatch.setattr(engine, "_BLOCK", 2 * images[0].numel())
+    apply(images, plan_of(*[[("elastic", 0.05), ("rotate", 10)]] * 8, [("rotate", 10)]))
+    assert counts == [2, 2, 2, 2]
+
+
 def test_sample_pairing_takes_images_as_they_came_in():
     images = pictures(2, dtype=torch.float32)
     plan = plan_of([("invert", 0.0)], [("sample_pairing", 0.25)])
