@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -78,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
         DiskFullError: If the block found no space left; the partial file is removed and ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         yield partial
         with partial.open("rb") as file:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -16,6 +17,18 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial_one(tmp_path):
     with pytest.raises(TypeError), rundir.replacing(path) as partial:
         partial.write_text(path)
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
+    path = tmp_path / "a.txt"
+    with rundir.replacing(path) as partial:
+        partial.write_text("of this thread")
+        other = threading.Thread(target=rundir.write_text, args=(path, "of the other"))
+        other.start()
+        other.join()
+        assert path.read_text() == "of the other"
+    assert path.read_text() == "of this thread"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
