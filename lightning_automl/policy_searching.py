@@ -6,6 +6,7 @@ is what this comparison says.
 
 import logging
 import math
+import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -62,16 +63,28 @@ class _PolicySearch(SearchCommand):
         for name in self.monitors:
             if name.startswith("test_"):
                 raise UserError(f"monitor is {name}: a search must not see the test split; take its val_ metric")
+            if name.startswith("train_"):
+                raise UserError(
+                    f"monitor is {name}: policies are compared by images that were not trained on; take its val_ metric"
+                )
         arguments = (self.base.get("data") or {}).get("init_args") or {}
         if arguments.get("train_policy") is not None:
             raise UserError("the run has a train_policy of its own, which is what is searched for; leave it out there")
         for key in ("fold", "without_folds"):
-            if arguments.get(key):
+            if arguments.get(key) not in (None, []):
                 raise UserError(
                     f"the run has data.init_args.{key}, and the search cuts folds itself; leave it out there"
                 )
         self.method.check(given.trials, given.folds)
+        self.base |= {"monitor": self.monitors[0], "mode": self.directions[0].removesuffix("imize")}
         self.images = self._check_data(scratch)
+
+    def _resolved(self) -> dict[str, Any]:
+        kept = super()._resolved()
+        arguments = kept["method"].get("init_args") or {}
+        if "space" in arguments:  # its content: a file may change, or not be found from another folder
+            arguments["space"] = self.method.space.to_dict()
+        return kept
 
     def _check_data(self, scratch: Path) -> dict[str, Any]:
         """Build the run on the first fold, and on one of the comparison; what is known of its images."""
@@ -187,7 +200,7 @@ class _PolicySearch(SearchCommand):
             f"The run with the policy that {type(self.method).__name__} has found, or the simple one that was better"
         )
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        write_text(path, f"# lightning-automl fit --config {path}\n# {about}\n{text}")
+        write_text(path, f"# lightning-automl fit --config {shlex.quote(str(path))}\n# {about}\n{text}")
 
     def _workers(self, timeout: float | None) -> Workers:
         return Workers(

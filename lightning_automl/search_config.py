@@ -279,11 +279,6 @@ class SearchConfig:
         if self.method is not None:
             if len(self.monitors) > 1 or any(name in COSTS for name in self.monitors):
                 raise UserError(f"monitor is {', '.join(self.monitors)}; policies are compared by one metric of val")
-            if self.monitors and self.monitors[0].startswith("train_"):
-                raise UserError(
-                    f"monitor is {self.monitors[0]}: policies are compared by images that were not trained on; "
-                    "take its val_ metric"
-                )
             if self.is_sampler(PopulationSampler):
                 raise UserError("population based training searches no policies; leave the sampler out")
             if any(map(self.is_sampler, (GridSampler, BruteForceSampler))):

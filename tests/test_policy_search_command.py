@@ -230,6 +230,25 @@ def test_a_time_limit_ends_the_search_and_says_that_it_goes_on(searched, tmp_pat
     assert read(tmp_path / "faa/summary.json")["status"] == "failed"
 
 
+def test_a_search_keeps_its_metric_and_what_its_space_was(searched, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("{name: own, operations: {crop: true, rotate: 15}}")
+    keys = {"monitor": "val_loss", **method_of(space=str(own), keep=1)}
+    assert searched("--timeout", "0.1", **keys).status == 1
+    config = yaml.safe_load((tmp_path / "faa/config.yaml").read_text())
+    assert (config["run"]["monitor"], config["run"]["mode"]) == ("val_loss", "min")
+    own.write_text("{name: own, operations: {crop: true, rotate: 20}}")
+    answer = searched("--timeout", "0.1", **keys)
+    assert answer.status == 2
+    assert "method.init_args.space.operations.rotate=15.0, now it is 20.0" in answer.err
+
+
+def test_a_comparison_of_policies_needs_a_method(searched):
+    answer = searched(method=None, folds=None, space={"model.init_args.channels_last": {"choice": [True, False]}})
+    assert answer.status == 2
+    assert "no policy is searched" in answer.err
+
+
 def method_of(name="FastAutoAugmentSearch", **arguments):
     return {"method": {"class_path": name, "init_args": arguments}}
 
@@ -254,8 +273,10 @@ BAD = {
     "more folds than images of a class": ({"folds": 150}, "150 folds to search on and 1 fold to compare on are 151"),
     "a policy of the run": (data_of(train_policy={"class_path": "TrivialAugment"}), "train_policy of its own"),
     "a fold of the run": (data_of(fold=1), "data.init_args.fold"),
+    "its first fold": (data_of(fold=0), "data.init_args.fold"),
     "the test split": ({"monitor": "test_accuracy"}, "must not see the test split"),
     "the test split in the run": ({"run": run_of("TunableCNN") | {"monitor": "test_loss"}}, "must not see the test"),
+    "what was trained on": ({"monitor": "train_accuracy"}, "images that were not trained on"),
     "several monitors": ({"monitor": ["val_accuracy", "val_loss"]}, "one metric"),
     "a space beside": ({"space": {"x": {"float": [0, 1]}}}, "space says nothing to it"),
     "values to try first": ({"enqueue": [{}]}, "enqueue"),
@@ -263,6 +284,7 @@ BAD = {
     "unknown method": (method_of("FastAutoAugmentSaerch"), "did you mean 'FastAutoAugmentSearch'"),
     "unknown argument": (method_of(round=2), "did you mean 'rounds'"),
     "a sampler that remembers": ({"sampler": {"class_path": "CmaEsSampler"}}, "CmaEsSampler"),
+    "a sampler that tries each": ({"sampler": {"class_path": "GridSampler"}}, "too many policies"),
     "a comparison of one run": ({"acceptance": {"folds": 1, "seeds": 1}}, "no interval"),
     "unknown key of the comparison": ({"acceptance": {"fold": 1}}, "did you mean 'folds'"),
     "no seed": ({"acceptance": {"seeds": 0}}, "acceptance.seeds is 0"),

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_automl.augment import Identity, OperationSpace, TrivialAugment, save_policy
 from lightning_automl.metrics.comparison import corrected_resampled_t_test
 from lightning_automl.results.run import Run
+from lightning_automl.rundir import UserError
 from lightning_automl.studies.configs import closed, of_fold, to_its_end, with_policy
 from lightning_automl.studies.retrain import mean_over_seeds
 from lightning_automl.studies.workers import Workers
@@ -104,8 +105,17 @@ def last_value(run: Run, metric: str) -> float:
     """The metric after the last epoch; the best epoch's would be chosen on the images that are to judge it.
 
     NaN if the training has diverged.
+
+    Raises:
+        UserError: If no epoch has it.
     """
-    return next((row[metric] for row in reversed(run.epochs) if metric in row), math.nan)
+    value = next((row[metric] for row in reversed(run.epochs) if metric in row), None)
+    if value is None:
+        raise UserError(
+            f"{run.directory} has no {metric} after any of its {len(run.epochs)} epochs, so that there is nothing to "
+            "compare by; look at check_val_every_n_epoch and limit_val_batches of the run's trainer"
+        )
+    return value
 
 
 def judge(

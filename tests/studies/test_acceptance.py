@@ -1,10 +1,12 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightning_automl.metrics.comparison import corrected_resampled_t_test
-from lightning_automl.studies.acceptance import SIMPLE, judge
+from lightning_automl.results.run import Run
+from lightning_automl.studies.acceptance import SIMPLE, judge, last_value
 
 PAIRS = [(fold, seed) for fold in (5, 6) for seed in (0, 1, 2)]
 NOISE = np.array([0.004, -0.003, 0.001, -0.002, 0.003, -0.003])
@@ -76,6 +78,20 @@ def test_equal_differences_are_no_proof():
     found = {name: dict.fromkeys(PAIRS, mean) for name, mean in (("none", 0.5), ("searched", 0.75))}
     found["trivial_augment"] = found["none"]
     assert judge(found, "val_accuracy", "maximize", 1200, 200)["adopted"] == "none"
+
+
+def run_with(*epochs):
+    return Run(Path("run"), {}, None, {}, {}, [{"epoch": number, **row} for number, row in enumerate(epochs)])
+
+
+def test_the_last_epoch_counts_and_not_the_best():
+    assert last_value(run_with({"val_loss": 0.1}, {"val_loss": 0.3}, {"train_loss": 0.0}), "val_loss") == 0.3
+    assert math.isnan(last_value(run_with({"val_loss": 0.1}, {"val_loss": math.nan}), "val_loss"))
+
+
+def test_a_metric_that_was_never_there_is_no_divergence():
+    with pytest.raises(ValueError, match="has no val_auroc after any of its 2 epochs"):
+        last_value(run_with({"val_loss": 0.1}, {"val_loss": 0.3}), "val_auroc")
 
 
 def test_the_record_holds_every_run():
