@@ -8,12 +8,13 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
+from lightning_automl.augment.geometry import Interpolation
 from lightning_automl.augment.ops import OPS
 from lightning_automl.augment.policy import Identity, ImagePolicy, Policy, Step, check_space
 from lightning_automl.augment.published import AutoAugment
@@ -21,8 +22,6 @@ from lightning_automl.augment.random_policies import RandAugment, TrivialAugment
 from lightning_automl.augment.spaces import OperationSpace, load_space
 from lightning_automl.augment.timm_augment import LEVELS, TimmAugment
 from lightning_automl.rundir import UnsupportedError, UserError
-
-Interpolation = Literal["nearest", "bilinear"]
 
 #: torchvision's names of what its AutoAugment does.
 TORCHVISION = {

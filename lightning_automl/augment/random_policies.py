@@ -27,9 +27,7 @@ def drawn_from(space: OperationSpace | None) -> tuple[str, ...]:
     """
     if space is None:
         return FOURTEEN
-    return tuple(
-        name for name in OPS if space.allows(name) and (name in FOURTEEN or name not in _LEFT_OUT) and name not in BASE
-    )
+    return tuple(name for name in OPS if space.allows(name) and name not in (*_LEFT_OUT, *BASE))
 
 
 class _RandomPolicy(ImagePolicy):

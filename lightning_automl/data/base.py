@@ -168,7 +168,8 @@ class ImageDataModule(LightningDataModule, ABC):
         *,
         batch_size: int | Literal["auto"] = 128,
         base_augment: Literal["none", "crop", "crop_flip"] = "none",
-        # in this order: jsonargparse takes the first that fits, and as a text every class and function would do
+        # In this order: jsonargparse takes the first that fits, and as a text every class and function would do. From
+        # Python a Path will do as well.
         train_policy: ImagePolicy | nn.Module | Callable[[Tensor], Any] | str | None = None,
         fold: int | None = None,
         folds: int = 5,

@@ -47,13 +47,19 @@ def policy_kept_in(directory: Path, *, goes_on: bool = False) -> Iterator[None]:
         _kept.reset(token)
 
 
-def find_policy(given: TrainPolicy | str | None) -> TrainPolicy | None:
+def find_policy(given: TrainPolicy | str | Path | None) -> TrainPolicy | None:
     """What to augment with: ``given`` itself, or what the policy file of this path holds.
 
     Raises:
-        UserError: If there is no such file, or it holds no policy.
+        UserError: If there is no such file, it holds no policy, or it is something else that cannot augment.
     """
+    if isinstance(given, Path):
+        given = str(given)
+    if isinstance(given, type):
+        raise UserError(f"train_policy is the class {given.__name__}; give an object of it, {given.__name__}(…)")
     if not isinstance(given, str):
+        if given is not None and not callable(given):
+            raise UserError(f"train_policy is {given!r}; give a policy, the path of a policy.json, or a function")
         return given
     kept, goes_on = _kept.get() or (None, False)
     if kept is not None and given.endswith(".json") and kept.is_file():

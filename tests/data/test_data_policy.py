@@ -36,6 +36,7 @@ POLICIES = [INVERT, Identity(), TrivialAugment(), TrivialAugment("radiograph"), 
 def test_a_policy_file_is_read_when_the_data_module_is_built(tmp_path, policy):
     save_policy(policy, tmp_path / "policy.json")
     assert DigitsDataModule(train_policy=str(tmp_path / "policy.json")).train_policy == policy
+    assert DigitsDataModule(train_policy=tmp_path / "policy.json").train_policy == policy
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,9 @@ def test_a_policy_file_is_read_when_the_data_module_is_built(tmp_path, policy):
     [
         ("runs/gone/policy.json", "there is no policy file runs/gone/policy.json; give the path of a policy.json"),
         ("TrivialAugmen", "'TrivialAugmen' is no policy file, class or function .* did you mean TrivialAugment?"),
+        (TrivialAugment, r"train_policy is the class TrivialAugment; give an object of it, TrivialAugment\("),
+        (3, "train_policy is 3; give a policy, the path of a policy.json, or a function"),
+        ({"operation": "rotate"}, "give a policy, the path of a policy.json, or a function"),
         ("my_module.policy", "'my_module.policy' is no policy file, class or function that can be imported; known"),
     ],
 )
