@@ -83,7 +83,9 @@ def operation(name: str) -> Operation:
         UserError: If there is none; the closest one is named.
     """
     if not isinstance(name, str) or name not in OPS:  # names come from files
-        close = get_close_matches(str(name), OPS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        close = get_close_matches(str(name), OPS, n=1) or [
+            known for known in OPS if str(name).lower() in known.split("_")
+        ]
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"unknown image operation {name!r}; {hint}known: {', '.join(OPS)}")
     return OPS[name]

@@ -216,4 +216,6 @@ def _from_mapping(content: Mapping[str, Any], source: str, files: tuple[Path, ..
             caps.pop(str(key), None)
         else:
             caps[str(key)] = cap
-    return OperationSpace(name, caps, reason or (extended.reason if extended else ""))
+    if extended and extended.reason and not reason:
+        reason = f"extends {extended.name}: {extended.reason}"
+    return OperationSpace(name, caps, reason)

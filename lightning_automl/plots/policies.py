@@ -128,7 +128,7 @@ def acceptance_values(
         _interval(axes, row + 0.12, mean, low, high)
     _value_axis(axes, f"{metric} ({'more' if maximize else 'less'} is better)")
     handles = [
-        Line2D([], [], marker=shape, linestyle="", color=COLOURS["train"], markersize=4, label=f"fold {fold + 1}")
+        Line2D([], [], marker=shape, linestyle="", color=COLOURS["train"], markersize=4, label=f"fold {fold}")
         for fold, shape in shapes.items()
     ]
     handles.append(Line2D([], [], linestyle="", label="mean, 95 % interval", **_MEAN))

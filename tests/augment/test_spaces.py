@@ -128,6 +128,7 @@ def test_own_spaces_come_from_yaml(tmp_path):
     assert space.allows("horizontal_flip")
     assert not space.allows("elastic")
     assert space.cap("noise") == SPACES["radiograph"].cap("noise")
+    assert space.reason == f"extends radiograph: {SPACES['radiograph'].reason}"  # it may not hold here any more
     assert load_space(path) == space
     assert Policy([[Step("rotate", magnitude=1)]], str(path)).strongest() == {"rotate": 15}
 
@@ -146,6 +147,7 @@ def test_an_unknown_space_is_told_with_the_closest(spec):
 
 WRONG_CONTENT = [
     ({"operations": {"rotat": 3}}, r"unknown image operation 'rotat'; did you mean rotate\?"),
+    ({"operations": {"flip": True}}, r"'flip'; did you mean horizontal_flip or vertical_flip\?"),
     ({"operations": {"rotate": 200}}, r"allows rotate up to 200; give a number above 0 and up to 180 degrees"),
     ({"operations": {"rotate": 0}}, "leave it out to forbid it"),
     ({"operations": {"rotate": -3}}, "give a number above 0"),

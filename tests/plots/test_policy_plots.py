@@ -100,7 +100,7 @@ def test_each_arm_has_its_runs_its_mean_and_its_interval():
     assert len({line.get_marker() for line in runs}) == 2  # a shape a fold
     bars = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert [line.get_xdata().tolist() for line in bars] == [[0.8, 0.9]]
-    assert [text.get_text() for text in figure.legends[0].texts] == ["fold 6", "fold 7", "mean, 95 % interval"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["fold 5", "fold 6", "mean, 95 % interval"]
     assert axes.get_xlabel() == "val_accuracy (more is better)"
     assert not outside(figure)
 

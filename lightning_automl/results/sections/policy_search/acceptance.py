@@ -57,7 +57,7 @@ def _values(found: Acceptance) -> Folded:
     places = list(dict.fromkeys((fold, seed) for arm in found.arms for fold, seed, _ in arm.values))
     own = [{(fold, seed): value for fold, seed, value in arm.values} for arm in found.arms]
     rows = [
-        [f"fold {fold + 1}, seed {seed}", *(_cell(values.get((fold, seed), math.nan)) for values in own)]
+        [f"fold {fold}, seed {seed}", *(_cell(values.get((fold, seed), math.nan)) for values in own)]
         for fold, seed in places
     ]
     return Folded(f"The {found.metric} of each run", Table(["", *(arm.label for arm in found.arms)], rows))

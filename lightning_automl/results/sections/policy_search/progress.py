@@ -20,7 +20,7 @@ def history(record: PolicySearchRecord) -> Section | None:
     folds = sorted({fold for fold, _ in record.values})
     drawn = {
         f"density{fold}": density_history(
-            f"fold {fold + 1}",
+            f"fold {fold}",
             {number: values for (own, number), values in record.values.items() if own == fold},
             clean.get(fold),
             name=record.objective,
@@ -45,7 +45,7 @@ def failures(record: PolicySearchRecord) -> Section | None:
     for fold in folds:
         own = [values for (each, _), values in record.values.items() if each == fold]
         if any(map(failed, own)):
-            rows.append([f"fold {fold + 1}", f"{sum(map(failed, own))} of {sum(map(len, own))}"])
+            rows.append([f"fold {fold}", f"{sum(map(failed, own))} of {sum(map(len, own))}"])
     if not rows:
         return None
     text = "Their values were no numbers; they were never kept. The reasons are in trials.csv."
