@@ -68,8 +68,9 @@ class TrivialAugment(_RandomPolicy):
 
     Args:
         space: Without one, the paper's 14 operations in its wide ranges (as torchvision's ``TrivialAugmentWide``):
-            translations go up to 32 pixels, whatever the size of the image. With one, the operations that it allows in
-            its ranges (:func:`drawn_from`). See :class:`ImagePolicy`.
+            translations go up to 32 pixels, whatever the size of the image, and images are turned by up to 135 degrees
+            and inverted: give medical images a space. With one, the operations that it allows in its ranges
+            (:func:`drawn_from`). See :class:`ImagePolicy`.
         bins: Number of magnitudes, from the identity to the strongest in equal steps.
         interpolation: As :class:`ImagePolicy`.
         fill: As :class:`ImagePolicy`.
