@@ -114,9 +114,7 @@ def apply(
         return images.clone()
     # Each round does the next operation of every image. Before it, images that need the same are moved next to each
     # other, so that the round works in place on views of one tensor; `rows` says where in the batch each one belongs.
-    # It is in the layout of data modules and networks, whatever the given one is.
-    originals = _channels_last(images)
-    batch, rows, position = originals, np.arange(len(images)), np.zeros(len(images), dtype=np.int64)
+    batch, rows, position = images, np.arange(len(images)), np.zeros(len(images), dtype=np.int64)
     heads = steps.ranks[:, 0]
     while heads.any():
         order = np.argsort(heads, kind="stable")
@@ -125,7 +123,7 @@ def apply(
         here = rows, np.minimum(position, steps.strengths.shape[1] - 1)
         strengths, seeds = steps.strengths[here], steps.seeds[here]
         still = [run for run in runs if run.rank < _FIRST_GEOMETRIC]
-        _change(batch, originals, still, rows, strengths, seeds)
+        _change(batch, images, still, rows, strengths, seeds)
         for run in still:
             position[run.first : run.last] += 1
         if len(still) < len(runs):
@@ -133,8 +131,7 @@ def apply(
             route = _route(rows[some], position[some], steps, images.shape[2], images.shape[3])
             _move(batch[some], route, filling, interpolation)
         heads = steps.ranks[rows, position]
-    batch = _chosen(batch, np.argsort(rows))
-    return batch.contiguous() if images.is_contiguous() else batch
+    return _chosen(batch, np.argsort(rows), like=images)
 
 
 def apply_operation(
@@ -271,21 +268,19 @@ def _on(device: torch.device, numbers: NDArray[Any], dtype: torch.dtype | None =
     return torch.from_numpy(numbers).to(dtype).to(device, non_blocking=True)
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    """The images with the channels of a pixel side by side in memory; themselves if they are so."""
-    if images.is_contiguous(memory_format=torch.channels_last):
+def _chosen(images: Tensor, places: NDArray[np.int64], like: Tensor | None = None) -> Tensor:
+    """The images of these places, with a plane a channel, or in the memory format of ``like``."""
+    index = _on(images.device, places)
+    if _is_channels_last(images):  # whole images are copied at once
+        return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2).contiguous()
+    images = images.index_select(0, index)
+    if like is None or not _is_channels_last(like):
         return images
     return torch.stack(images.unbind(1), -1).permute(0, 3, 1, 2)  # twice as fast as `contiguous(memory_format=…)`
 
 
-def _in_memory(images: Tensor) -> Tensor:
-    """A view of channels-last images as they lie in memory ``(images, height, width, channels)``."""
-    return images.permute(0, 2, 3, 1)
-
-
-def _chosen(images: Tensor, places: NDArray[np.int64]) -> Tensor:
-    """The images of these places."""
-    return _in_memory(images).index_select(0, _on(images.device, places)).permute(0, 3, 1, 2)
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 
 def _change(
@@ -322,13 +317,10 @@ def _change(
             elif name in pixels.POINTWISE:
                 levels = _levels(part)
                 statistic = pixels.STATISTICS[name](levels) if name in pixels.STATISTICS else levels
-                flat = _in_memory(levels).view(len(levels), 1, -1)
-                changed = pixels.POINTWISE[name](flat, amount, statistic)
-                _store(part, changed.view(_in_memory(part).shape).permute(0, 3, 1, 2), name)
+                _store(part, pixels.POINTWISE[name](levels.flatten(2), amount, statistic).view(part.shape), name)
             else:
                 own = amounts if drawn is None else drawn
-                levels = _levels(part).contiguous()
-                _store(part, pixels.FILTERS[name](levels, amount.unsqueeze(1), own[some]), name)
+                _store(part, pixels.FILTERS[name](_levels(part), amount.unsqueeze(1), own[some]), name)
 
 
 def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
@@ -347,9 +339,8 @@ def _look_up(images: Tensor, runs: list[_Run], amounts: Tensor) -> None:
             table.add_(0.5)
     entries = _bytes(tables.clamp_(0, 255))
     for some in _blocks(start, end, images):
-        values = _in_memory(images[some]).flatten(1)
-        own = entries[some.start - start : some.stop - start].flatten(1)
-        torch.gather(own, 1, pixels.table_places(images[some]), out=values)
+        values = images[some].flatten(2)
+        torch.gather(entries[some.start - start : some.stop - start], 2, values.long(), out=values)
 
 
 def _levels(images: Tensor) -> Tensor:
