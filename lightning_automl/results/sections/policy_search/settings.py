@@ -1,15 +1,11 @@
 """How a policy search was made, and how to go on from it."""
 
-import json
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
-from lightning_automl.results.page import Commands, Folded, Section, Table
+from lightning_automl.results.page import Commands, Section
 from lightning_automl.results.policy_search import PolicySearchRecord
 from lightning_automl.results.sections.provenance import version_table
-from lightning_automl.results.sections.wording import value_text
-from lightning_automl.rundir import flatten
+from lightning_automl.results.sections.searches import settings_section
 
 
 def settings(record: PolicySearchRecord) -> Section | None:
@@ -17,21 +13,7 @@ def settings(record: PolicySearchRecord) -> Section | None:
     own = {key: value for key, value in record.config.items() if key != "run"}
     if not own:
         return None
-    rows = [[key, _text(value)] for key, value in flatten(own).items()]
-    blocks: list[Any] = [Table(["key", "value"], rows)]
-    run = record.config.get("run")
-    if isinstance(run, Mapping):
-        table = Table(["key", "value"], [[key, _text(value)] for key, value in flatten(run).items()])
-        blocks.append(Folded("The run that is trained", table))
-    elif run is not None:
-        rows.append(["run", str(run)])
-    return Section("Settings of the search", blocks)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value_text(value)
+    return settings_section([], own, record.config.get("run"), "The run that is trained")
 
 
 def versions(record: PolicySearchRecord) -> Section | None:

@@ -3,14 +3,12 @@
 import json
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
-from lightning_automl.results.page import Commands, Folded, Section, Table
+from lightning_automl.results.page import Commands, Section
 from lightning_automl.results.sections.provenance import version_table
+from lightning_automl.results.sections.searches import settings_section
 from lightning_automl.results.sections.study.verdict import SEEDS
-from lightning_automl.results.sections.wording import value_text
 from lightning_automl.results.study import StudyRecord
-from lightning_automl.rundir import flatten
 
 #: Trials that a finished search may be given more.
 _MORE = 50
@@ -21,21 +19,7 @@ def settings(record: StudyRecord) -> Section:
     elsewhere = ("run", "space", "name", "storage", "enqueued_default")
     own = {key: value for key, value in record.search.items() if key not in elsewhere}
     rows = [["study", record.name], ["storage", record.storage or "unknown"]]
-    rows += [[key, _text(value)] for key, value in flatten(own).items()]
-    blocks: list[Any] = [Table(["key", "value"], rows)]
-    run = record.search.get("run")
-    if isinstance(run, Mapping):
-        table = Table(["key", "value"], [[key, _text(value)] for key, value in flatten(run).items()])
-        blocks.append(Folded("The run that is varied", table))
-    elif run is not None:
-        rows.append(["run", str(run)])
-    return Section("Settings of the search", blocks)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value_text(value)
+    return settings_section(rows, own, record.search.get("run"), "The run that is varied")
 
 
 def versions(record: StudyRecord) -> Section | None:
