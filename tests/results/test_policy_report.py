@@ -20,6 +20,7 @@ from lightning_automl.augment import (
     RandAugment,
     TrivialAugment,
     apply_operation,
+    load_space,
     save_policy,
 )
 from lightning_automl.plots import captioned_images
@@ -27,7 +28,7 @@ from lightning_automl.results import Run, draw_pictures, report
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.policy_pictures import Examples, examples, policy_rows, strongest_rows
 from lightning_automl.results.policy_search import PolicySearchRecord
-from lightning_automl.results.sections.policy import augmentation
+from lightning_automl.results.sections.policy import augmentation, space_table
 from lightning_automl.results.sections.policy_search import SECTIONS, verdict
 from lightning_automl.results.sections.policy_search.progress import cost
 from lightning_automl.results.sections.policy_search.settings import commands
@@ -157,6 +158,17 @@ def test_a_space_is_shown_with_each_allowed_operation_at_its_cap_in_both_directi
     assert np.array_equal(original, pixels(channels, 32)[0].numpy())
     same = [caption for image, caption in rows[0].images[1:] if np.array_equal(image, original)]
     assert all("no change" in caption or caption.startswith("shifted by up to") for caption in same)  # it may be by 0
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_table_of_a_space_is_what_its_file_would_hold(name):
+    table = space_table(SPACES[name]).table
+    assert [row[0] for row in table.rows] == [operation_name(each) for each in SPACES[name].caps]
+    operations = yaml.safe_load("\n".join(row[2] for row in table.rows))
+    caps = load_space({"operations": operations}).caps
+    assert list(caps) == list(SPACES[name].caps)
+    for each, cap in SPACES[name].caps.items():
+        assert caps[each] == (None if cap is None else pytest.approx(cap, rel=1e-3))
 
 
 def test_what_needs_square_images_is_left_out_of_others():
@@ -350,6 +362,23 @@ def test_what_cannot_be_compared_is_told(search):
     page = page_of(directory)
     assert "1 run of the comparison gave no number" in page.sections["To keep in mind"]
     assert "nan" not in page.sections["Searched policy against simple ones"]
+
+
+def test_a_search_that_went_on_and_was_killed_does_not_say_that_nothing_was_compared(search):
+    directory = search()
+    record = json.loads((directory / "policy_search.json").read_text())
+    (directory / "policy_search.json").write_text(json.dumps(record | {"acceptance": None}))
+    assert "what it has found now is not compared yet" in sentences(directory)[1]
+
+
+def test_a_comparison_on_one_fold_says_how_little_it_tells(search):
+    found = acceptance()
+    for arm in found["arms"].values():
+        arm["values"] = [each for each in arm["values"] if each["fold"] == 0]
+    directory = search(found=found)
+    assert "how much seeds matter" in notes_of(cautions(PolicySearchRecord.read(directory)))
+    shutil.rmtree(directory)
+    assert "how much seeds matter" not in notes_of(cautions(PolicySearchRecord.read(search())))
 
 
 def test_a_search_without_a_comparison_says_that_nothing_is_known(search):
@@ -586,6 +615,7 @@ def test_a_run_with_a_policy_shows_it_on_its_images_and_its_space_at_full_streng
     assert "contrast x 1.10" in text
     assert "turned right by 10°" in text  # of the space
     assert ["1", "rotate ±5°, probability 0.50; then contrast ±10 %, probability 1.00"] in page.rows["Augmentation"]
+    assert ["shift sideways", "±5 %", "translate_x: 0.05"] in page.rows["Augmentation"]
     assert list(page.sections).index("Augmentation") == list(page.sections).index("Data") + 1
 
 

@@ -118,10 +118,23 @@ def strongest(policy: Any, shown: "Examples") -> list[Any]:
     from lightning_automl.results.policy_pictures import strongest_rows
 
     space = policy.space
+    limits: list[Any] = []
     if space is None:
         caps = {name: strength for name, strength in policy.strongest().items() if strength != 0}
         said = "Without a space, these are the operations of the policy at the strongest that it may draw."
     else:
         caps = space.caps
         said = f"{space_words(space)} Below they are at their strongest: check that each image still is what it was."
-    return [Text(said), *galleries(strongest_rows(caps, shown))]
+        limits = [space_table(space)]
+    return [Text(said), *galleries(strongest_rows(caps, shown)), *limits]
+
+
+def space_table(space: Any) -> Folded:
+    """What a space allows, with the names and numbers that a file for another one needs."""
+    from lightning_automl.augment import OPS
+
+    rows = []
+    for name, listed in space.to_dict()["operations"].items():
+        most = strength_words(name, space.cap(name), OPS[name].signed)
+        rows.append([operation_name(name), most, f"{name}: {'true' if listed is True else f'{listed:.4g}'}"])
+    return Folded("The same in numbers", Table(["operation", "at most", "in the file of a space"], rows))

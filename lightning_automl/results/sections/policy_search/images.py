@@ -5,7 +5,7 @@ from typing import Any
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.results.page import Section, Text
 from lightning_automl.results.policy_search import PolicySearchRecord
-from lightning_automl.results.sections.policy import drawn, galleries, sub_policies
+from lightning_automl.results.sections.policy import drawn, galleries, space_table, sub_policies
 from lightning_automl.results.sections.policy_words import space_words
 
 _IMAGES = 3
@@ -46,7 +46,7 @@ def space(record: PolicySearchRecord) -> Section | None:
     if found.reason:
         text += f" The reason for this space: {found.reason.removesuffix('.')}."
     note = [Text(shown.note)] if shown.note else []
-    return Section(title, [Text(text), *note, *galleries(rows)])
+    return Section(title, [Text(text), *note, *galleries(rows), space_table(found)])
 
 
 def _refused(what: str, error: Exception) -> Text:
