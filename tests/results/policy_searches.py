@@ -106,7 +106,7 @@ def write_search(
     arguments = {"space": space, "operations": None, "rounds": rounds, "keep": keep, "sub_policies": 5, "length": 2}
     arguments |= {"reduce": "mean", "objective": "loss"}
     config = {"run": RUN, "method": {"class_path": method, "init_args": arguments}, "folds": folds, "trials": trials}
-    config |= {"acceptance": {"folds": 2, "seeds": 3}, "workers": 2, "seed": 0}
+    config |= {"acceptance": found and {"folds": 2, "seeds": 3}, "workers": 2, "seed": 0}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     clean = [0.15 + 0.01 * fold for fold in range(folds)]
     kept = []

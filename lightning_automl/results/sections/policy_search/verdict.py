@@ -58,6 +58,11 @@ def comparison(record: PolicySearchRecord) -> list[str]:
     """Whether the searched policy beat the simple arms, and what ``policy.json`` is."""
     found = record.acceptance
     if found is None:
+        if record.finished and record.config.get("acceptance"):
+            return [
+                "The search has gone on since, and what it has found now is not compared yet: policy.json is what the "
+                "former comparison came to."
+            ]
         if record.finished:
             return [
                 "The searched policy was compared with nothing: policy.json names it; whether it helps is not known."
@@ -152,6 +157,11 @@ def _of_acceptance(found: Acceptance) -> list[str]:
     lost = sum(len(arm.values) for arm in found.arms) - sum(counts)
     if lost:
         notes.append(f"{counted(lost, 'run')} of the comparison gave no number, as when training has diverged.")
+    if len({fold for arm in found.arms for fold, _, _ in arm.values}) == 1:
+        notes.append(
+            "All runs were compared on the same images: the intervals tell how much seeds matter, and little of how "
+            "other images would decide. Several folds tell more."
+        )
     notes.append(
         "Runs of a fold share images, and so do folds: the paired test widens its interval for that (Nadeau and Bengio "
         "2003), the intervals of single arms are not widened."
