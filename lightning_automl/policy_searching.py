@@ -134,7 +134,7 @@ class _PolicySearch(SearchCommand):
         with bar("runs", total) as advance:
 
             def told(arm: str, fold: int, seed: int, value: float) -> None:
-                pace.done += 1
+                pace.step()
                 words = f"{arm}, fold {fold}, seed {seed}: {self.monitors[0]} {value:.4f}"
                 log.info("%d/%d %s%s", pace.done, total, words, pace.left())
                 advance(pace.done, words)
@@ -149,6 +149,7 @@ class _PolicySearch(SearchCommand):
                 seeds=range(self.given.seed, self.given.seed + wanted.seeds),
                 metric=self.monitors[0],
                 direction=self.directions[0],
+                read=Run.read,
                 on_run=told,
             )
         log.info("%s", record["sentence"])

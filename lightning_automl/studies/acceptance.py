@@ -8,11 +8,10 @@ or a start lucky is no difference between them.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_automl.augment import Identity, OperationSpace, TrivialAugment, save_policy
 from lightning_automl.metrics.comparison import corrected_resampled_t_test
-from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError
 from lightning_automl.studies.configs import closed, of_fold, to_its_end, with_policy
 from lightning_automl.studies.retrain import mean_over_seeds
@@ -25,6 +24,23 @@ SIMPLE: dict[str, tuple[type[Identity] | type[TrivialAugment], str]] = {
     "none": (Identity, "no policy"),
     "trivial_augment": (TrivialAugment, "TrivialAugment"),
 }
+
+
+class Outcome(Protocol):
+    """What a run directory says, read back: a row of metrics an epoch, and what is known of the data."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+
+    @property
+    def epochs(self) -> Sequence[Mapping[str, float]]:
+        """Oldest first."""
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Among it ``counts``: images of each class by split."""
+
 
 #: Values of an arm by fold and seed; NaN where a run gave none.
 Values = Mapping[tuple[int, int], float]
@@ -41,6 +57,7 @@ def compare(
     seeds: Sequence[int],
     metric: str,
     direction: str,
+    read: Callable[[Path], Outcome],
     on_run: Callable[[str, int, int, float], None] = lambda arm, fold, seed, value: None,
 ) -> dict[str, Any]:
     """Train every arm on every fold with every seed, and judge the searched one.
@@ -58,6 +75,7 @@ def compare(
         seeds: Of the runs.
         metric: Of the validation, to compare by.
         direction: ``maximize`` or ``minimize`` for it.
+        read: Reads the directory of a run.
         on_run: Called, in a thread, with arm, fold, seed and value of each run.
 
     Returns:
@@ -75,7 +93,7 @@ def compare(
         config = run_of(base, directory, arm, fold, all_folds, seed)
         place = directory / "acceptance" / arm / f"fold-{fold}-seed-{seed}"
         workers.fit(f"the training of {arm} on fold {fold} with seed {seed}", config, place)
-        run = Run.read(place)
+        run = read(place)
         value = last_value(run, metric)
         on_run(arm, fold, seed, value)
         return value, {split: sum(counts) for split, counts in run.data["counts"].items()}
@@ -101,7 +119,7 @@ def run_of(base: Mapping[str, Any], directory: Path, arm: str, fold: int, all_fo
     return to_its_end(config | {"seed_everything": seed})
 
 
-def last_value(run: Run, metric: str) -> float:
+def last_value(run: Outcome, metric: str) -> float:
     """The metric after the last epoch; the best epoch's would be chosen on the images that are to judge it.
 
     NaN if the training has diverged.

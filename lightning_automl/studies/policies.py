@@ -163,7 +163,7 @@ class FoldSearches:
         if "number" not in trial:
             return
         with self._lock:
-            pace.done += 1
+            pace.step()
             value = trial["value"]
             if value is not None:
                 self._best[fold] = min(value, self._best.get(fold, value))

@@ -30,7 +30,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
 
 
 class Pace:
-    """How long the rest will take, by what was done since this was made.
+    """How long the rest will take, by what was done since the first step, before which there may be other work.
 
     Args:
         total: How much there is to do.
@@ -41,12 +41,18 @@ class Pace:
         self.total = total
         self.done = done
         self._before = done
-        self._started = time.monotonic()
+        self._started: float | None = None
+
+    def step(self) -> None:
+        """One more is done."""
+        self.done += 1
+        if self._started is None:
+            self._started, self._before = time.monotonic(), self.done
 
     def left(self) -> str:
         """``, about 3 min left``, or "" when that cannot be said."""
         new = self.done - self._before
-        if not new or self.done >= self.total:
+        if self._started is None or not new or self.done >= self.total:
             return ""
         seconds = (time.monotonic() - self._started) / new * (self.total - self.done)
         return f", about {spoken(seconds)} left"
