@@ -96,8 +96,8 @@ CIFAR = Condition(
     space="natural",
     base_augment="crop_flip",
     depth=14,
-    epochs=30,
-    trials=50,
+    epochs=20,
+    trials=25,
     arms=_arms("natural"),
     task={
         "optimizer": {
