@@ -23,7 +23,9 @@ BOUNDS: dict[int, dict[str, float]] = {
     224: {"torchvision_tensor": 1.5},
 }
 OTHERS = ("torchvision_pil", "torchvision_tensor", "kornia", "kornia_single", "timm")
+LAST = ("ours_channels_last", "torchvision_tensor_channels_last")
 COLUMNS = ["policy", "size", "threads", "ours", *OTHERS, *(f"ratio_to_{name}" for name in OTHERS), "bounds_kept"]
+COLUMNS += [*LAST, "ratio_channels_last"]
 
 
 def main() -> None:
@@ -91,8 +93,10 @@ def measure(policy: str, path: str, size: int, budget: float) -> dict[str, Any]:
     import torch
 
     images = load(path, size)
+    last = images.contiguous(memory_format=torch.channels_last)
     pipelines = {"ours": ours(policy, images), **torchvision(policy, images), **kornia(policy, images)}
     pipelines["timm"] = timm(policy, images)
+    pipelines |= dict(zip(LAST, (ours(policy, last), torchvision(policy, last)["torchvision_tensor"]), strict=True))
     turn = 0.8 * budget / (REPEATS + 1) / len(pipelines)
     # a batch of kornia's has one sub-policy, so that few batches say little
     calls = {name: warmed(batch, turn, 10 if name == "kornia" else 3) for name, batch in pipelines.items()}
@@ -116,6 +120,7 @@ def measure(policy: str, path: str, size: int, budget: float) -> dict[str, Any]:
         **medians,
         **{f"ratio_to_{name}": ratio for name, ratio in ratios.items()},
         "bounds_kept": ", ".join(kept),
+        "ratio_channels_last": medians[LAST[0]] / medians[LAST[1]],
         "batches_a_repeat": calls,
         "images_per_second": {name: [round(value) for value in values] for name, values in speeds.items()},
         "profile": profile(policy, images, 0.1 * budget),
