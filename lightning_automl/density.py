@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def score_fold(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
     Args:
         payload: ``directory`` of the fold's run; ``records``, the folder for ``fold-K-round-T.jsonl``; ``fold``, its
-            number; ``method``, arguments of :class:`FastAutoAugmentSearch`; ``sampler``, ``class_path`` and
-            ``init_args``, or None; ``trials``, policies a round, those of former calls included; ``seed``.
+            number; ``method``, ``class_path`` and ``init_args`` of a :class:`FastAutoAugmentSearch`; ``sampler``,
+            likewise, or None; ``trials``, policies a round, those of former calls included; ``seed``.
         channel: To the search.
 
     Returns:
@@ -53,7 +54,7 @@ def score_fold(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
             go on after a kill, or a record is of another search.
     """
     run = Run.read(payload["directory"])
-    method = FastAutoAugmentSearch(**payload["method"])
+    method = _method(payload["method"])
     fold, seed, records = payload["fold"], payload["seed"], Path(payload["records"])
     make_sampler = sampler_maker(payload["sampler"])
     data = open_data(run)
@@ -100,6 +101,12 @@ def score_fold(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         "failed": sum(each.value is None for each in scored),
         "seconds": time.monotonic() - began,
     }
+
+
+def _method(spec: dict[str, Any]) -> FastAutoAugmentSearch:
+    module, _, name = spec["class_path"].rpartition(".")
+    method: FastAutoAugmentSearch = getattr(import_module(module), name)(**spec["init_args"])
+    return method
 
 
 def record_of(records: Path, fold: int, turn: int) -> Path:

@@ -61,7 +61,7 @@ def _parser(policies: bool) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="lightning-automl search",
         description="Search over a fit config. Keys of the run itself are given as --run.<dotted key>; --dry-run shows "
-        "three sampled configs and trains nothing.",
+        "three sampled configs, or what a method would do, and trains nothing.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -311,7 +311,7 @@ class Policy(ImagePolicy):
     def extra_repr(self) -> str:
         """The number of sub-policies instead of all of them."""
         space = f", space={self.space.name}" if self.space else ""
-        return f"{len(self)} sub-policies{space}"
+        return f"{len(self)} {'sub-policy' if len(self) == 1 else 'sub-policies'}{space}"
 
     def merge(self, *others: "Policy") -> "Policy":
         """The union of policies, in order, each sub-policy once.
@@ -448,6 +448,10 @@ def policy_from_dict(content: Any) -> ImagePolicy:
             f"a policy of version {content['version']!r} and this release reads version {VERSION}; "
             "read it with the release that wrote it"
         )
+    parts = ("version", "policy", "arguments")
+    for key in content:
+        if key not in parts:
+            raise UserError(f"a policy with the unknown key {key!r}; known: {', '.join(parts)}")
     known = _classes()
     name, arguments = content.get("policy"), content.get("arguments", {})
     if not isinstance(name, str) or name not in known:

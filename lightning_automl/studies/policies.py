@@ -132,7 +132,10 @@ class FoldSearches:
                 "do": "density",
                 "directory": str(self.place(fold).resolve()),
                 "records": str((self.directory / "density").resolve()),
-                "method": self.method.arguments(),
+                "method": {
+                    "class_path": f"{type(self.method).__module__}.{type(self.method).__name__}",
+                    "init_args": self.method.arguments(),
+                },
                 "sampler": self.sampler,
                 "trials": self.trials,
                 "seed": self.seed,

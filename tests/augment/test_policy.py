@@ -123,6 +123,7 @@ WRONG_FILES = {
     '{"version": true, "policy": "Identity"}': "of version True",
     '{"version": 1, "policy": "TrivialAugmnt"}': r"unknown policy 'TrivialAugmnt'; did you mean TrivialAugment\?",
     '{"version": 1, "policy": null}': "unknown policy None",
+    '{"version": 1, "policy": "Identity", "argument": {}}': "unknown key 'argument'; known: version, policy, arguments",
     '{"version": 1, "policy": ["a"]}': "unknown policy",
     '{"version": 1, "policy": "Identity", "arguments": []}': "are a mapping",
     '{"version": 1, "policy": "Identity", "arguments": {"strength": 3}}': "Identity does not take.*strength",

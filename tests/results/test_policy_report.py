@@ -402,6 +402,15 @@ def test_the_comparison_is_in_numbers_too(search):
     assert rows[12] == ["minus no policy", "+0.0040 (-0.0080 to +0.0160)", "0.2", "not told apart"]
 
 
+def test_former_policies_that_were_compared_are_told(search):
+    directory = search()
+    assert "compared on the same folds before" not in notes_of(cautions(PolicySearchRecord.read(directory)))
+    for number in (1, 2):
+        (directory / "superseded" / f"searched-{number}").mkdir(parents=True)
+    told = "2 policies of fewer trials had been compared on the same folds before"
+    assert told in notes_of(cautions(PolicySearchRecord.read(directory)))
+
+
 def test_cautions_are_given_where_they_hold(search):
     def cautioned(**keys):
         directory = search(**keys)

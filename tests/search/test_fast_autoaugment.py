@@ -358,6 +358,10 @@ class Told:
         self.send({"beat": True})
 
 
+def spec_of(method):
+    return {"class_path": f"{type(method).__module__}.{type(method).__name__}", "init_args": method.arguments()}
+
+
 @pytest.fixture
 def payload(finished_digits, tmp_path):
     method = FastAutoAugmentSearch(rounds=2, keep=2)
@@ -366,10 +370,23 @@ def payload(finished_digits, tmp_path):
         "directory": str(finished_digits),
         "records": str(tmp_path / "density"),
         "fold": 0,
-        "method": method.arguments(),
+        "method": spec_of(method),
         "sampler": None,
         "trials": 3,
         "seed": 0,
+    }
+
+
+class OnlyRotation(FastAutoAugmentSearch):
+    def policies(self, channels=3, image_size=(1, 1)):
+        return PolicySpace(self.space, ["rotate"], 1, 1)
+
+
+def test_a_method_of_the_users_own_is_the_one_that_scores(payload, tmp_path):
+    score_fold({**payload, "method": spec_of(OnlyRotation(rounds=1, keep=1))}, Told())
+    scored = read_round(tmp_path / "density/fold-0-round-0.jsonl")
+    assert {name: value for each in scored for name, value in each.values.items() if "operation" in name} == {
+        "0.0.operation": "rotate"
     }
 
 

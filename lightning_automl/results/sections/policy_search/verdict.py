@@ -130,6 +130,12 @@ def cautions(record: PolicySearchRecord) -> Section:
                 "AutoAugment: a sub-policy that destroys images is hidden by a mild one beside it."
             )
     notes += _of_acceptance(record.acceptance) if record.acceptance is not None else []
+    former = len(list(record.directory.glob("superseded/searched-*")))
+    if former:
+        notes.append(
+            f"{former} {'policy' if former == 1 else 'policies'} of fewer trials had been compared on the same folds "
+            "before: who searches on until one is adopted will find it by chance."
+        )
     values = [value for each in record.values.values() for value in each]
     lost = failed(values)
     if lost and lost >= MANY_FAILURES * len(values):
