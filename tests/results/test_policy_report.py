@@ -337,7 +337,7 @@ LEADS = "On 2 folds with 3 seeds each that the search had not seen, the searched
             acceptance((-0.03, 0.002), 0.01),
             "did not beat training without a policy (val_accuracy 0.0300 lower, 95 % interval -0.0400 to -0.0200, so "
             "that it is worse) or TrivialAugment (val_accuracy 0.0020 higher, 95 % interval -0.0080 to +0.0120); "
-            "policy.json names no policy.",
+            "policy.json therefore says to train without a policy.",
         ),
         (
             acceptance((-0.03, -0.02), 0.01, "minimize", "val_loss"),

@@ -81,6 +81,8 @@ def comparison(record: PolicySearchRecord) -> list[str]:
 
 
 def _adopted(record: PolicySearchRecord, found: Acceptance) -> str:
+    if found.adopted == "none":
+        return "policy.json therefore says to train without a policy"
     name = "the searched policy" if found.adopted == "searched" else ARMS.get(found.adopted, found.adopted)
     space = f" in the space {record.space_name}" if found.adopted == "trivial_augment" and record.space_name else ""
     return f"policy.json names {name}{space}"
