@@ -19,6 +19,7 @@ from lightning_automl.search.channel import Channel
 from lightning_automl.search.fast_autoaugment import (
     DensityMatch,
     FastAutoAugmentSearch,
+    record_of,
     sampler_maker,
     search_round,
     seed_of,
@@ -107,11 +108,6 @@ def _method(spec: dict[str, Any]) -> FastAutoAugmentSearch:
     module, _, name = spec["class_path"].rpartition(".")
     method: FastAutoAugmentSearch = getattr(import_module(module), name)(**spec["init_args"])
     return method
-
-
-def record_of(records: Path, fold: int, turn: int) -> Path:
-    """Where the trials of a round on a fold are."""
-    return records / f"fold-{fold}-round-{turn}.jsonl"
 
 
 class _Beat:

@@ -322,6 +322,11 @@ def search_round(
     return scored
 
 
+def record_of(records: Path, fold: int, turn: int) -> Path:
+    """Where the trials of a round on a fold are."""
+    return records / f"fold-{fold}-round-{turn}.jsonl"
+
+
 def read_round(record: Path) -> list[Scored]:
     """The trials in a record of :func:`search_round`, finished or not; none if there is no such file."""
     if not record.exists():

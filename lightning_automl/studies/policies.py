@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_automl.augment import Identity, OperationSpace, save_policy
 from lightning_automl.rundir import read_json, write_json, write_text
-from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch, read_round
+from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch, read_round, record_of
 from lightning_automl.search.policies import Scored, best_of
 from lightning_automl.studies.configs import closed, of_fold, to_its_end, with_policy
 from lightning_automl.studies.progress import Pace, bar
@@ -188,7 +188,7 @@ class FoldSearches:
     def rounds(self) -> dict[tuple[int, int], list[Scored]]:
         """The trials of all folds and rounds, as far as they are scored."""
         return {
-            (fold, number): read_round(self.directory / "density" / f"fold-{fold}-round-{number}.jsonl")
+            (fold, number): read_round(record_of(self.directory / "density", fold, number))
             for fold in range(self.folds)
             for number in range(self.method.rounds)
         }

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_automl.augment import SPACES, Policy, Step, engine
 from lightning_automl.augment.policy import PLACES
-from lightning_automl.density import record_of, score_fold
+from lightning_automl.density import score_fold
 from lightning_automl.rundir import read_json
 from lightning_automl.search import fast_autoaugment
 from lightning_automl.search.fast_autoaugment import (
@@ -22,6 +22,7 @@ from lightning_automl.search.fast_autoaugment import (
     FastAutoAugmentSearch,
     default_sampler,
     read_round,
+    record_of,
     sampler_maker,
     search_round,
     seed_of,
