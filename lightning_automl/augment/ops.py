@@ -1,8 +1,9 @@
 """Operations that augmentation policies are made of: what there is, how strong it may be, and in which unit."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_automl.rundir import UserError
 
@@ -89,3 +90,16 @@ def operation(name: str) -> Operation:
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"unknown image operation {name!r}; {hint}known: {', '.join(OPS)}")
     return OPS[name]
+
+
+def check_keys(content: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a mapping, of a step or a space, with a key that nobody reads.
+
+    Raises:
+        UserError: If there is one; the closest known key is named.
+    """
+    for key in content:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{what} has the unknown key {key!r}; {hint}known: {', '.join(known)}")

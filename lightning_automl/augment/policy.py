@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from lightning_automl.augment import engine
 from lightning_automl.augment.engine import Plan
-from lightning_automl.augment.ops import OPS, operation
+from lightning_automl.augment.ops import OPS, check_keys, operation
 from lightning_automl.augment.spaces import OperationSpace, load_space
 from lightning_automl.rundir import UserError, write_json
 
@@ -541,11 +541,7 @@ def _step(value: Any) -> Step:
     if not isinstance(value, Mapping) or "operation" not in value:
         raise UserError(f"{value!r} is no step; it needs operation, and may have probability, magnitude and sign")
     known = ("operation", "probability", "magnitude", "sign")
-    for key in value:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"a step has the unknown key {key!r}; {hint}known: {', '.join(known)}")
+    check_keys(value, known, "a step")
     return Step(**value)
 
 

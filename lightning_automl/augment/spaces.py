@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_automl.augment.ops import BASE, OPS, operation
+from lightning_automl.augment.ops import BASE, OPS, check_keys, operation
 from lightning_automl.rundir import UserError
 
 
@@ -200,11 +200,7 @@ def _text(value: Any) -> str:
 
 def _from_mapping(content: Mapping[str, Any], source: str, files: tuple[Path, ...]) -> OperationSpace:
     known = ("name", "operations", "reason", "extends")
-    for key in content:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{source} has the unknown key {key!r}; {hint}known: {', '.join(known)}")
+    check_keys(content, known, source)
     name, reason = _text(content.get("name", "own")), _text(content.get("reason"))
     listed = content.get("operations", {})
     if not isinstance(listed, Mapping):
