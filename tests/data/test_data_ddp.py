@@ -153,3 +153,6 @@ if __name__ == "__main__":
     fit(folder, images_of_val=215, stop=9)
     results["resumed"] = fit(folder, images_of_val=215, ckpt_path=folder / "stop.ckpt")
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+    # A process that ends with gloo's threads still at work is sometimes aborted ("terminate called without an …").
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
