@@ -1,6 +1,7 @@
-"""What the benchmarks of searches share: small CIFAR-100 images, and a `search` command that goes on when killed."""
+"""What benchmarks share: small CIFAR-100 images, commands `search` and `fit` that go on when killed, and intervals."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lightning_automl.rundir import replacing
+from lightning_automl.rundir import read_json, replacing, write_json
 
 
 def small_cifar100(data_root: Path, work: Path) -> dict[str, Any]:
@@ -46,6 +47,31 @@ def search(config: dict[str, Any], directory: Path, *arguments: str, record_name
     subprocess.run([*command, *arguments], check=True)
     record: dict[str, Any] = json.loads((directory / record_name).read_text())
     return record
+
+
+def fit(config: dict[str, Any], directory: Path, threads: int = 1) -> dict[str, Any]:
+    """Run a fit config to its end, or go on with it, unless that was done before.
+
+    Returns:
+        The run's ``summary.json``, and ``memory``: what its process had at most, in MB.
+    """
+    memory = directory.with_suffix(".json")
+    if (read_json(directory / "summary.json") or {}).get("status") != "finished":
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        file, log = directory.with_suffix(".yaml"), directory.with_suffix(".txt")
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        command = [sys.executable, "-m", "lightning_automl", "fit", "--config", str(file), "--dir", str(directory)]
+        with log.open("a") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+            )
+            _, status, usage = os.wait4(process.pid, 0)  # Popen.wait does not tell the memory
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed; see {log}")
+        write_json(memory, {"memory": usage.ru_maxrss / 1000})
+    summary: dict[str, Any] = read_json(directory / "summary.json")
+    return summary | (read_json(memory) or {})
 
 
 def best_so_far(record: dict[str, Any]) -> list[list[float]]:

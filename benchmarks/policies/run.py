@@ -9,8 +9,6 @@ seeds and arms; ``--budget smoke`` shows that all parts run and writes no result
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from benchmarks import results
-from benchmarks.studies import search
-from lightning_automl.rundir import read_json, replacing
+from benchmarks.studies import fit, search
+from lightning_automl.rundir import replacing
+from lightning_automl.studies.retrain import mean_over_seeds
 
 HERE = Path(__file__).parent
 METRICS = {"test_accuracy": "accuracy", "test_auroc": "AUROC"}
@@ -203,20 +201,11 @@ def train(condition: Condition, data: Path, place: Path, policy: dict[str, Any] 
     Returns:
         The run's ``summary.json``.
     """
-    done: dict[str, Any] | None = read_json(place / "summary.json")
-    if done is None or done["status"] != "finished":
-        config = fit_config(condition, data)
-        config["data"]["init_args"] |= {"train_policy": policy, "train_on_val": True}
-        config["trainer"]["limit_val_batches"] = 0
-        config["seed_everything"] = seed
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file, log = place.with_suffix(".yaml"), place.with_suffix(".txt")
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
-        command = [sys.executable, "-m", "lightning_automl", "fit", "--config", str(file), "--dir", str(place)]
-        with log.open("a") as out:
-            subprocess.run(command, check=True, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        done = read_json(place / "summary.json")
-    assert done is not None
+    config = fit_config(condition, data)
+    config["data"]["init_args"] |= {"train_policy": policy, "train_on_val": True}
+    config["trainer"]["limit_val_batches"] = 0
+    config["seed_everything"] = seed
+    done = fit(config, place)
     assert done["test_opened"] == 1, f"{place} has opened the test split {done['test_opened']} times"
     return done
 
@@ -229,22 +218,13 @@ def summary(name: str, condition: Condition, runs: dict[tuple[str, int], dict[st
         row: dict[str, Any] = {"condition": name, "arm": arm}
         for metric, short in METRICS.items():
             values = [runs[arm, seed]["metrics"][metric] for seed in seeds]
-            row[short] = {"values": values, **student(values)}
+            row[short] = {"values": values, **mean_over_seeds(values)}
             if arm != "none":
                 pairs = [value - runs["none", seed]["metrics"][metric] for seed, value in enumerate(values)]
-                row[f"{short} less none"] = {"values": pairs, **student(pairs)}
+                row[f"{short} less none"] = {"values": pairs, **mean_over_seeds(pairs)}
         row["seconds"] = statistics.fmean(runs[arm, seed]["seconds"] for seed in seeds)
         rows.append(row)
     return rows
-
-
-def student(values: list[float]) -> dict[str, float]:
-    """Mean with Student's 95 % interval."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
 def markdown(rows: Iterable[dict[str, Any]], searches: dict[str, dict[str, Any]]) -> str:
