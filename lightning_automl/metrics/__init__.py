@@ -6,7 +6,9 @@ from lightning_automl.metrics.classification import StageOutputs, classification
 from lightning_automl.metrics.comparison import (
     PairedDifference,
     ResampledTTest,
+    SampleDifference,
     corrected_resampled_t_test,
+    difference_from_sample,
     paired_bootstrap,
 )
 from lightning_automl.metrics.intervals import (
@@ -27,6 +29,7 @@ __all__ = [
     "Rates",
     "Reliability",
     "ResampledTTest",
+    "SampleDifference",
     "StageOutputs",
     "auroc_by_class",
     "average_precision_by_class",
@@ -34,6 +37,7 @@ __all__ = [
     "classification_metrics",
     "clopper_pearson",
     "corrected_resampled_t_test",
+    "difference_from_sample",
     "expected_calibration_error",
     "fit_temperature",
     "mean_recall_interval",

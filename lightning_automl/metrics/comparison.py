@@ -39,6 +39,21 @@ class ResampledTTest(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
+class SampleDifference(NamedTuple):
+    """A value minus the mean of a sample, its interval, Student's t and the two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    t: float
+    p_value: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the value lies beyond what another draw of the sample would give; never when an end is NaN."""
+        return self.low > 0 or self.high < 0
+
+
 def paired_bootstrap(
     first: Callable[[Rows], float],
     second: Callable[[Rows], float],
@@ -131,3 +146,43 @@ def corrected_resampled_t_test(
     return ResampledTTest(
         mean, mean - reach, mean + reach, mean / error, float(2 * student.sf(abs(mean) / error, freedom))
     )
+
+
+def difference_from_sample(
+    value: float, sample: Sequence[float] | NDArray[np.floating], confidence: float = 0.95
+) -> SampleDifference:
+    """Whether a value is unlike a sample, as of one found architecture beside those that were drawn at random.
+
+    If the value were one more draw from the normal distribution of the sample, with K values of variance s**2, its
+    difference from their mean would have the variance ``(1 + 1/K) s**2``, and divided by the root of that Student's t
+    with K - 1 degrees of freedom (Geisser, *Predictive Inference*, 1993: the prediction interval of a
+    single future observation). The interval is the difference plus and minus that root times the quantile of t.
+    It is wider than that of the mean of the sample, ``s**2 / K``, which half of all further draws would lie above.
+
+    Args:
+        value: The one value.
+        sample: The others, two or more; with two or three hardly anything lies outside.
+        confidence: In (0, 1).
+
+    Returns:
+        The difference, its interval, t and p; all but the difference NaN where the sample has no variance.
+
+    Raises:
+        UserError: If the sample has fewer than two values, a value is not finite or ``confidence`` is outside (0, 1).
+    """
+    from scipy.stats import t as student
+
+    others = np.asarray(sample, np.float64)
+    if others.ndim != 1 or len(others) < 2:
+        raise UserError(f"the sample has shape {others.shape}; give two values or more")
+    if not np.isfinite([value, *others]).all():
+        raise UserError("some values are not finite; leave out those where a score is undefined")
+    check_confidence(confidence)
+    difference = float(value - others.mean())
+    # Scores are equal up to rounding.
+    if np.ptp(others) <= 1e-12 + 1e-9 * np.abs(others).max():
+        return SampleDifference(difference, *[float("nan")] * 4)
+    error, freedom = float(np.sqrt((1 + 1 / len(others)) * others.var(ddof=1))), len(others) - 1
+    reach = float(student.ppf((1 + confidence) / 2, freedom)) * error
+    p_value = float(2 * student.sf(abs(difference) / error, freedom))
+    return SampleDifference(difference, difference - reach, difference + reach, difference / error, p_value)

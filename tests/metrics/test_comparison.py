@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from lightning_automl.metrics import SCORES, bootstrap_interval, corrected_resampled_t_test, paired_bootstrap
+from lightning_automl.metrics import (
+    SCORES,
+    bootstrap_interval,
+    corrected_resampled_t_test,
+    difference_from_sample,
+    paired_bootstrap,
+)
 from lightning_automl.rundir import UserError
 
 DIFFERENCES = [0.01, 0.03, -0.01, 0.02, 0.05]
@@ -123,3 +129,50 @@ def test_differences_that_are_equal_but_not_zero_have_no_test(differences):
 def test_what_cannot_be_tested_is_refused(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         corrected_resampled_t_test(*arguments)
+
+
+def test_one_value_beside_a_sample_by_hand():
+    sample = [0.90, 0.92, 0.94]  # mean 0.92, deviation 0.02; t of 2 degrees of freedom is 4.302653
+    found = difference_from_sample(0.95, sample)
+    error = 0.02 * (1 + 1 / 3) ** 0.5
+    assert found.difference == pytest.approx(0.03)
+    assert (found.low, found.high) == pytest.approx((0.03 - 4.302653 * error, 0.03 + 4.302653 * error))
+    assert found.t == pytest.approx(0.03 / error)
+    assert not found.excludes_zero
+
+
+def test_one_value_beside_a_sample_is_a_pooled_t_test_against_a_group_of_one():
+    # The group of one adds nothing to the pooled variance, and one to the sum of inverse sizes.
+    generator = np.random.default_rng(0)
+    sample = generator.normal(size=9)
+    found = difference_from_sample(2.0, sample)
+    expected = ttest_1samp(sample, 2.0)
+    assert found.t == pytest.approx(-expected.statistic * (1 / 9) ** 0.5 / (1 + 1 / 9) ** 0.5)
+    assert found.excludes_zero == (found.p_value < 0.05)
+
+
+def test_a_value_of_the_same_kind_is_called_different_as_often_as_promised():
+    draws = np.random.default_rng(0).normal(size=(2000, 6))
+    claimed = np.mean([difference_from_sample(row[0], row[1:]).excludes_zero for row in draws])
+    assert claimed == pytest.approx(0.05, abs=0.015)  # three standard deviations
+
+
+def test_a_sample_of_equal_values_claims_nothing():
+    found = difference_from_sample(0.9, [0.8, 0.8, 0.8])
+    assert found.difference == pytest.approx(0.1)
+    assert np.isnan(found[1:]).all()
+    assert not found.excludes_zero
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0.5, [0.4]), "the sample has shape"),
+        ((float("nan"), [0.4, 0.5]), "some values are not finite"),
+        ((0.5, [0.4, float("inf")]), "some values are not finite"),
+        ((0.5, [0.4, 0.5], 1.0), "confidence is 1.0"),
+    ],
+)
+def test_a_sample_that_cannot_be_compared_with_is_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        difference_from_sample(*arguments)
