@@ -6,6 +6,7 @@ from lightning_automl.plots.classes import class_counts, class_recall
 from lightning_automl.plots.confusion import confusion_matrix
 from lightning_automl.plots.curves import learning_curves
 from lightning_automl.plots.dimensions import Dimension
+from lightning_automl.plots.genotype import genotype_figure, operation_kind, write_genotype
 from lightning_automl.plots.history import best_so_far, optimisation_history
 from lightning_automl.plots.importances import parameter_importances
 from lightning_automl.plots.intermediate import intermediate_values
@@ -36,8 +37,10 @@ __all__ = [
     "class_recall",
     "confusion_matrix",
     "density_history",
+    "genotype_figure",
     "intermediate_values",
     "learning_curves",
+    "operation_kind",
     "operations_kept",
     "optimisation_history",
     "paired_differences",
@@ -48,4 +51,5 @@ __all__ = [
     "reliability_diagram",
     "value_schedule",
     "value_slice",
+    "write_genotype",
 ]
