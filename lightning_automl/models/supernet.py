@@ -1,0 +1,407 @@
+"""Networks in which an architecture is searched, and the search space of DARTS."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_automl.models.derivation import Edges, cell_edges
+from lightning_automl.models.genotype import Genotype
+from lightning_automl.models.genotype_network import SMALLEST, GenotypeNetwork, build_operation, check_size
+from lightning_automl.models.layers import Norm, check_images, norm_layer
+from lightning_automl.models.ops import DARTS_OPERATIONS, OPS, FactorizedReduce, MakeNorm, ReluConvNorm, operation
+from lightning_automl.models.relaxations import Mixture, Relaxation, SoftmaxRelaxation
+from lightning_automl.rundir import UserError
+
+
+class Supernet(nn.Module, ABC):
+    """A network with all candidate operations, whose architecture is described by parameters.
+
+    A space of your own is a subclass with ``alphas``, ``genotype`` and the usual ``forward``; operations and wiring
+    are its own matter. What :class:`CellSpace` has beyond that (``strengths``, ``edges``, ``mixed_ops``, …) lets tasks
+    and callbacks do more with it: expected cost, pictures, limits.
+    """
+
+    @abstractmethod
+    def alphas(self) -> list[nn.Parameter]:
+        """All architecture parameters, which the weight optimiser never sees."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """What the weight optimiser trains: all other parameters that require a gradient."""
+        alphas = {id(parameter) for parameter in self.alphas()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas]
+
+    @abstractmethod
+    def genotype(self) -> Genotype:
+        """The architecture that the parameters stand for now."""
+
+
+class MixedOp(nn.Module):
+    """One edge of a cell: all its operations, weighted and summed.
+
+    Liu, Simonyan and Yang, ICLR 2019, https://arxiv.org/abs/1806.09055 (equation 2); with partial channels Xu et al.,
+    ICLR 2020, https://arxiv.org/abs/1907.05737 (equation 1); with an auxiliary skip Chu et al., ICLR 2021,
+    https://arxiv.org/abs/2009.01027 (equation 3).
+
+    Args:
+        operations: Names of operations.
+        channels: Channels of the state, which are also those of the output.
+        stride: 1, or 2 to halve the image.
+        norm: Makes a norm of so many channels.
+        partial: Only the first ``channels / partial`` channels go through the operations.
+        auxiliary: Whether the edge has a skip beside its operations.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[str],
+        channels: int,
+        stride: int,
+        norm: MakeNorm,
+        partial: int = 1,
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels % partial:
+            raise UserError(
+                f"one channel in {partial} is to go through the operations, but {channels} channels are not divisible "
+                f"by {partial}; change channels or k"
+            )
+        self.channels = channels
+        self.stride = stride
+        self.partial = partial
+        self.operations = nn.ModuleDict(
+            {name: build_operation(name, channels // partial, stride, norm, pool_norm=True) for name in operations}
+        )
+        self.auxiliary: nn.Module | None = None
+        if auxiliary:
+            self.auxiliary = nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, norm)
+
+    def forward(
+        self,
+        features: Tensor,
+        weights: Tensor,
+        edge: Tensor | None = None,
+        skip: float = 0.0,
+        chosen: int | None = None,
+    ) -> Tensor:
+        """Map ``(batch, channels, height, width)`` to the same, or to half the size, rounded up.
+
+        Args:
+            features: The state at which the edge starts.
+            weights: One number an operation, ``(O,)``.
+            edge: What the edge is multiplied by, a scalar; ``None`` is 1.
+            skip: Weight of the auxiliary skip.
+            chosen: The one operation that runs; ``None``: all run.
+        """
+        selected = features[:, : self.channels // self.partial]
+        pairs = list(zip(weights.unbind(), self.operations.values(), strict=True))
+        if chosen is not None:
+            pairs = [pairs[chosen]]
+        mixed: Tensor = reduce(torch.add, (weight * module(selected) for weight, module in pairs))
+        if self.partial > 1:
+            bypass = features[:, self.channels // self.partial :]
+            if self.stride == 2:
+                bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
+            mixed = F.channel_shuffle(torch.cat([mixed, bypass.to(mixed.dtype)], 1), self.partial)
+        if self.auxiliary is not None and skip:
+            mixed = mixed + skip * self.auxiliary(features)
+        return mixed if edge is None else edge * mixed
+
+
+class SearchCell(nn.Module):
+    """A cell with a mixture of operations on every edge.
+
+    Args:
+        inputs: Channels of the outputs of the cell before the last one, and of the last one.
+        channels: Channels of every node of this cell.
+        wiring: The cell's edges.
+        operations: Names of the operations of every edge.
+        relaxation: Says whether channels are partial and whether edges have an auxiliary skip.
+        norm: Makes a norm of so many channels.
+        reduction: Whether edges from the inputs halve the image.
+        halve: Whether the cell before was a reduction, so that the first input is twice as large as the second.
+        fused: Compute all edges together, see :func:`~lightning_automl.models.fused_cell.fused_cell`.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, int],
+        channels: int,
+        wiring: Edges,
+        operations: Sequence[str],
+        relaxation: Relaxation,
+        norm: MakeNorm,
+        reduction: bool = False,
+        halve: bool = False,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.wiring = wiring
+        self.reduction = reduction
+        self.kind = "reduce" if reduction else "normal"
+        self.fused = fused
+        self.preprocess0 = (
+            FactorizedReduce(inputs[0], channels, norm) if halve else ReluConvNorm(inputs[0], channels, 1, 1, norm)
+        )
+        self.preprocess1 = ReluConvNorm(inputs[1], channels, 1, 1, norm)
+        self.edges = nn.ModuleList(
+            MixedOp(
+                operations,
+                channels,
+                2 if reduction and source < wiring.inputs else 1,
+                norm,
+                relaxation.partial,
+                relaxation.auxiliary_skip,
+            )
+            for source in wiring.sources
+        )
+
+    def forward(self, state0: Tensor, state1: Tensor, mixture: Mixture) -> Tensor:
+        """Map the outputs of the two cells before to ``(batch, nodes * channels, height, width)``."""
+        state0, state1 = self.preprocess0(state0), self.preprocess1(state1)
+        if self.fused and mixture.chosen is None:
+            from lightning_automl.models.fused_cell import fused_cell
+
+            return fused_cell(self, state0, state1, mixture)
+        states = mix([state0, state1], self.edges, self.wiring, mixture)
+        return torch.cat(states[self.wiring.inputs :], 1)
+
+
+def mix(states: Sequence[Tensor], edges: nn.ModuleList, wiring: Edges, mixture: Mixture) -> list[Tensor]:
+    """The readable form of a cell: one :class:`MixedOp` an edge, and the sum of the edges into a node.
+
+    Args:
+        states: The input nodes.
+        edges: A MixedOp for each of the ``E`` edges.
+        wiring: Their sources and targets.
+        mixture: Their weights.
+
+    Returns:
+        All nodes, the given ones first.
+    """
+    nodes = list(states)
+    ones = [None] * len(edges)
+    chosen = mixture.chosen or ones
+    scales = ones if mixture.edges is None else mixture.edges.unbind()
+    for edge, weights in enumerate(mixture.operations.unbind()):
+        source, target = wiring.sources[edge], wiring.targets[edge]
+        output = edges[edge](nodes[source], weights, scales[edge], mixture.skip, chosen[edge])
+        if target == len(nodes):
+            nodes.append(output)
+        else:
+            nodes[target] = nodes[target] + output
+    return nodes
+
+
+def check_operations(operations: Sequence[str]) -> None:
+    """Raise a UserError if edges with these operations leave nothing to choose."""
+    for name in operations:
+        operation(name)
+    twice = sorted({name for name in operations if list(operations).count(name) > 1})
+    if twice:
+        raise UserError(f"operations has {', '.join(twice)} twice; name each operation once")
+    if len(operations) < 2 or set(operations) == {"none"}:
+        raise UserError(
+            f"operations is {list(operations)}, which leaves nothing to choose; give two or more of {', '.join(OPS)}"
+        )
+
+
+class CellSpace(Supernet):
+    """What spaces of cells share: parameters by kind of cell, the relaxation's slot, and what is derived from them.
+
+    A subclass builds its network, with ``cells`` that have a ``kind`` and ``edges``, and asks ``mixtures()`` once a
+    forward pass.
+
+    Args:
+        edges: The wiring of each kind of cell.
+        operations: Names of the operations of every edge.
+        relaxation: How they are mixed; ``None`` is a new :class:`SoftmaxRelaxation`.
+
+    Attributes:
+        architecture: The architecture parameters, by kind and name.
+    """
+
+    cells: nn.ModuleList
+
+    def __init__(self, edges: Mapping[str, Edges], operations: Sequence[str], relaxation: Relaxation | None) -> None:
+        super().__init__()
+        check_operations(operations)
+        self.edges = dict(edges)
+        self.operations = tuple(operations)
+        self.relaxation = SoftmaxRelaxation() if relaxation is None else relaxation
+        self.architecture = nn.ModuleDict(
+            {
+                kind: nn.ParameterDict(self.relaxation.initial(wiring, self.operations))
+                for kind, wiring in self.edges.items()
+            }
+        )
+
+    def alphas(self) -> list[nn.Parameter]:
+        """All architecture parameters, betas included."""
+        return list(self.architecture.parameters())
+
+    def parameters_of(self, kind: str) -> dict[str, Tensor]:
+        """The architecture parameters of one kind of cell by name."""
+        return dict(self.architecture[kind].items())
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """The weights of one forward pass, the same for all cells of a kind."""
+        return {kind: self.relaxation.mixture(self.parameters_of(kind), wiring) for kind, wiring in self.edges.items()}
+
+    def strengths(self) -> dict[str, Tensor]:
+        """How much each operation counts ``(E, O)``, by kind of cell, differentiable."""
+        return {
+            kind: self.relaxation.strengths(self.parameters_of(kind), wiring) for kind, wiring in self.edges.items()
+        }
+
+    def penalty(self) -> Tensor | None:
+        """The relaxation's penalties of all kinds of cells, or ``None``."""
+        penalties = [self.relaxation.penalty(self.parameters_of(kind)) for kind in self.edges]
+        present = [penalty for penalty in penalties if penalty is not None]
+        return torch.stack(present).sum() if present else None
+
+    def mixed_ops(self) -> Iterator[tuple[str, int, int, MixedOp]]:
+        """Kind of cell, number of cell, number of edge, and what is on it."""
+        for number, cell in enumerate(self.cells):
+            for edge, mixed in enumerate(cell.edges):
+                yield cell.kind, number, edge, mixed
+
+    def derive(self, forbidden: Mapping[str, Tensor] | None = None, **options: Any) -> dict[str, Any]:
+        """The chosen edges of each kind of cell, see :func:`~lightning_automl.models.derivation.strongest`."""
+        return {
+            kind: self.relaxation.derive(
+                self.parameters_of(kind), wiring, self.operations, forbidden=(forbidden or {}).get(kind), **options
+            )
+            for kind, wiring in self.edges.items()
+        }
+
+
+class DartsSpace(CellSpace):
+    """The search space of DARTS: a stack of cells in which every node may see all before it.
+
+    Liu, Simonyan and Yang, ICLR 2019, https://arxiv.org/abs/1806.09055 (section 2.1); the cells at a third and two
+    thirds of the depth are reductions, which double the channels.
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        image_size: Pixels of a square image, or height and width, for a check only; any size of 4 or more will do.
+        channels: Channels of a node in the first cells.
+        cells: Cells in all, 3 or more.
+        nodes: Nodes of a cell beside its two inputs.
+        stem_multiplier: Channels of the stem in multiples of ``channels``.
+        operations: Names of the candidates of every edge.
+        relaxation: How they are mixed; ``None`` is a new :class:`SoftmaxRelaxation`.
+        norm: ``batch``, ``group`` or ``sync_batch``.
+        affine: Whether norms inside cells scale and shift; DARTS's do not while it searches.
+        max_skips: At most so many ``skip_connect`` in a derived cell of either kind.
+        fused: Compute all edges of a cell together, which gives the same and is faster.
+
+    Raises:
+        UserError: If an argument cannot be.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] | None = None,
+        channels: int = 16,
+        cells: int = 8,
+        nodes: int = 4,
+        stem_multiplier: int = 3,
+        operations: Sequence[str] = DARTS_OPERATIONS,
+        relaxation: Relaxation | None = None,
+        norm: Norm = "batch",
+        affine: bool = False,
+        max_skips: int | None = None,
+        fused: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("num_classes", num_classes, 1),
+            ("in_channels", in_channels, 1),
+            ("channels", channels, 1),
+            ("cells", cells, 3),
+            ("nodes", nodes, 1),
+            ("stem_multiplier", stem_multiplier, 1),
+            ("max_skips", 0 if max_skips is None else max_skips, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name} is {value}; it must be {least} or more")
+        if channels % 2:
+            raise UserError(f"channels is {channels}; it must be even, as half of them come from every other pixel")
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            check_size(height, width, SMALLEST)
+        wiring = cell_edges(2, nodes)
+        super().__init__({"normal": wiring, "reduce": wiring}, operations, relaxation)
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.channels = channels
+        self.nodes = nodes
+        self.stem_multiplier = stem_multiplier
+        self.norm = norm
+        self.max_skips = max_skips
+
+        def make_norm(channels: int) -> nn.Module:
+            return norm_layer(norm, channels, affine=affine)
+
+        width = stem_multiplier * channels
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), norm_layer(norm, width))
+        inputs, halve = (width, width), False
+        self.cells = nn.ModuleList()
+        for index in range(cells):
+            reduction = index in (cells // 3, 2 * cells // 3)
+            channels = 2 * channels if reduction else channels
+            self.cells.append(
+                SearchCell(
+                    inputs, channels, wiring, self.operations, self.relaxation, make_norm, reduction, halve, fused
+                )
+            )
+            inputs, halve = (inputs[1], nodes * channels), reduction
+        self.classifier = nn.Linear(inputs[1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
+        check_images(images, self.in_channels)
+        check_size(images.shape[2], images.shape[3], SMALLEST)
+        mixtures = self.mixtures()
+        state0 = state1 = self.stem(images)
+        for cell in self.cells:
+            state0, state1 = state1, cell(state0, state1, mixtures[cell.kind])
+        logits: Tensor = self.classifier(state1.mean((2, 3)))
+        return logits
+
+    def genotype(self, forbidden: Mapping[str, Tensor] | None = None) -> Genotype:
+        """The two strongest edges into every node, and the strongest operation on each.
+
+        Args:
+            forbidden: By kind of cell, which operations may not be chosen, bool ``(E, O)``.
+        """
+        chosen = self.derive(forbidden, max_skips=self.max_skips)
+        concat = tuple(range(2, 2 + self.nodes))
+        return Genotype(chosen["normal"], concat, chosen["reduce"], concat, operations=self.operations)
+
+    def network(self, genotype: Genotype | None = None, **options: Any) -> GenotypeNetwork:
+        """The network of a genotype, of the same size; untrained.
+
+        Args:
+            genotype: ``None`` is the current one.
+            options: Other arguments of :class:`~lightning_automl.models.genotype_network.GenotypeNetwork`;
+                ``affine=False, pool_norm=True`` gives what the search computes for that genotype.
+        """
+        arguments: dict[str, Any] = {
+            "channels": self.channels,
+            "cells": len(self.cells),
+            "stem_multiplier": self.stem_multiplier,
+            "norm": self.norm,
+        }
+        return GenotypeNetwork(
+            self.num_classes, self.in_channels, genotype=genotype or self.genotype(), **arguments | options
+        )
