@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_automl.rundir import UserError
 
 Activation = Literal["relu", "gelu", "silu", "elu", "leaky_relu", "tanh"]
-Norm = Literal["batch", "group", "none"]
+Norm = Literal["batch", "sync_batch", "group", "none"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -33,24 +35,90 @@ def activation_layer(name: Activation) -> nn.Module:
     return _ACTIVATIONS[name]()
 
 
-def norm_layer(name: Norm, channels: int) -> nn.Module:
+def norm_layer(name: Norm, channels: int, affine: bool = True) -> nn.Module:
     """Build a normalisation of images ``(batch, channels, height, width)``.
 
-    ``group`` is group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), which does not depend on the
-    other images of the batch. The paper has 32 groups for 64 channels and more; the networks here are narrower, so
-    there are 8, or as many as divide the channels.
+    ``sync_batch`` is :class:`SyncBatchNorm2d`. ``group`` is group normalisation (Wu and He 2018,
+    https://arxiv.org/abs/1803.08494), which does not depend on the other images of the batch. The paper has 32 groups
+    for 64 channels and more; the networks here are narrower, so there are 8, or as many as divide the channels.
+
+    Args:
+        name: Which one.
+        channels: Channels of the images.
+        affine: Whether each channel then has a scale and a shift to learn.
 
     Raises:
         UserError: If the name is unknown.
     """
     if name == "batch":
-        return nn.BatchNorm2d(channels)
+        return nn.BatchNorm2d(channels, affine=affine)
+    if name == "sync_batch":
+        return SyncBatchNorm2d(channels, affine=affine)
     if name == "group":
         groups = next(groups for groups in (8, 7, 6, 5, 4, 3, 2, 1) if channels % groups == 0)
-        return nn.GroupNorm(groups, channels)
+        return nn.GroupNorm(groups, channels, affine=affine)
     if name == "none":
         return nn.Identity()
     raise UserError(f"unknown norm {name!r}; known: {', '.join(get_args(Norm))}")
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all ranks, so that many ranks are one process with the joint batch.
+
+    Unlike ``nn.SyncBatchNorm`` it also works on CPUs (gloo) and in float64, can be differentiated twice, and weighs
+    ranks by their images. In evaluation, and without a process group, it is plain batch normalisation. In training
+    every rank has to call it, as often and in the same order as the others, and has to go backward likewise.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images ``(batch, channels, height, width)``, in their own dtype, by statistics in float32 or 64."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(images)
+        self._check_input_dim(images)
+        exact = images if images.dtype == torch.float64 else images.float()
+        mean, variance, count = _joint_statistics(exact)
+        if self.track_running_stats:
+            self._track(mean.detach(), (variance * (count / (count - 1).clamp(min=1))).detach())
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        # One product and sum, so that no centred copy of the images is kept for the way back.
+        return torch.addcmul(shift[:, None, None], exact, scale[:, None, None]).to(images.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of this batch, as ``nn.BatchNorm2d`` does."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = self.num_batches_tracked.to(mean).reciprocal() if self.momentum is None else self.momentum
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            running.mul_(1 - share).add_(value * share)
+
+
+def _joint_statistics(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and (biased) variance ``(channels,)`` of all ranks' images, differentiable, and of how many values, ``()``.
+
+    Each rank puts its mean, its variance and its count into a row of its own; one sum over ranks hands all rows to all.
+    They are joined as Chan, Golub and LeVeque 1979 do, which loses nothing where the mean is large against the
+    deviation, as the mean of squares would.
+    """
+    from torch.distributed.nn.functional import all_reduce  # not in every build of torch
+
+    count = images.numel() // images.shape[1]
+    if count:
+        own_variance, own_mean = torch.var_mean(images, (0, 2, 3), correction=0)
+    else:  # a rank without images takes part all the same
+        own_variance = own_mean = images.sum((0, 2, 3))
+    row = torch.cat([own_mean, own_variance, own_mean.new_full((1,), count)])
+    rows = row.new_zeros(dist.get_world_size(), row.numel())
+    rows[dist.get_rank()] = row
+    rows = all_reduce(rows)
+    means, variances, counts = rows[:, : len(own_mean)], rows[:, len(own_mean) : -1], rows[:, -1:]
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    variance = ((variances + (means - mean).square()) * counts).sum(0) / total
+    return mean, variance, total
 
 
 def check_images(images: Tensor, channels: int, size: tuple[int, int] | None = None) -> None:
