@@ -49,6 +49,8 @@ class ClassificationTask(LightningModule):
         channels_last: Keep images and convolution weights in the channels-last layout, which is about twice as fast on
             CPUs and on GPUs with tensor cores; the values are the same.
         compile: Compile the network with ``torch.compile``.
+        auxiliary_weight: Weight, 0 or more, of the losses of further logits that the network gives in training, as a
+            :class:`~lightning_automl.models.GenotypeNetwork` with an auxiliary head does.
 
     Example:
         >>> task = ClassificationTask(TunableCNN(num_classes=10, in_channels=1, image_size=8), num_classes=10)
@@ -73,8 +75,11 @@ class ClassificationTask(LightningModule):
         decay_norms_and_biases: bool = True,
         channels_last: bool = True,
         compile: bool = False,
+        auxiliary_weight: float = 0.4,
     ) -> None:
         super().__init__()
+        if auxiliary_weight < 0:
+            raise UserError(f"auxiliary_weight is {auxiliary_weight}; it must be 0 or more")
         self.save_hyperparameters(ignore=["model", "optimizer", "scheduler", "loss", "mix"])
         self.num_classes = num_classes
         self.model = model
@@ -88,6 +93,7 @@ class ClassificationTask(LightningModule):
         self.decay_norms_and_biases = decay_norms_and_biases
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_network = compile
+        self.auxiliary_weight = auxiliary_weight
         self.register_buffer("mean", torch.zeros(1, 1, 1))
         self.register_buffer("std", torch.ones(1, 1, 1))
         #: Counts ``(true, predicted)`` of the newest epoch of each stage.
@@ -183,15 +189,22 @@ class ClassificationTask(LightningModule):
         return scores
 
     def step(self, batch: Batch, stage: str) -> Tensor:
-        """Return the loss of a batch and keep its logits for the metrics of the stage."""
+        """Return the loss of a batch and keep its logits for the metrics of the stage.
+
+        A network may give several logits as a tuple in training: the losses of those after the first are added with
+        ``auxiliary_weight``. The metrics, with them ``train_loss``, are of the first alone, as they are in validation.
+        """
         images, labels = batch
         targets = labels
         if stage == "train" and self.mix is not None:
             images, targets = self.mix(images, labels)
             labels = targets.argmax(1)
-        logits = self(images)
+        output = self(images)
+        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
         loss: Tensor = self.loss(logits.float(), targets)
         self.outputs(stage).update(logits, labels, loss)
+        for others in auxiliary:
+            loss = loss + self.auxiliary_weight * self.loss(others.float(), targets)
         return loss
 
     def outputs(self, stage: str) -> StageOutputs:
