@@ -2,6 +2,9 @@
 
 from lightning_automl.callbacks.adapter_statistics import AdapterStatistics, adapter_report
 from lightning_automl.callbacks.batch_size import BatchSizeProbe
+from lightning_automl.callbacks.drop_path import DropPathSchedule
+from lightning_automl.callbacks.genotype_writer import GenotypeWriter
+from lightning_automl.callbacks.guards import EigenvalueStop, SkipStop
 from lightning_automl.callbacks.heartbeat import Heartbeat
 from lightning_automl.callbacks.hyperparameter_schedule import HyperparameterSchedule
 from lightning_automl.callbacks.run_writer import AtomicCheckpointIO, RunWriter, mode_of
@@ -11,10 +14,14 @@ __all__ = [
     "AdapterStatistics",
     "AtomicCheckpointIO",
     "BatchSizeProbe",
+    "DropPathSchedule",
+    "EigenvalueStop",
+    "GenotypeWriter",
     "Heartbeat",
     "HyperparameterSchedule",
     "NonFiniteMetricError",
     "RunWriter",
+    "SkipStop",
     "TrialPruning",
     "UnknownMetricError",
     "adapter_report",
