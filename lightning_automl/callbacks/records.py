@@ -20,9 +20,10 @@ def write_data_record(path: Path, data: Any) -> None:
 
     Holds ``class_names``, ``channels``, ``image_size`` (height, width), ``window`` (what became 0 and 255 of each
     channel, left out for 8-bit images), ``counts`` (images by split and class), ``groups`` (number of groups by split,
-    or null), ``index`` and ``splits`` (digests of the names and labels of all images, and of those of each split),
-    ``leaks`` (the first twenty pairs of names of identical images in two splits) and ``leak_count``. Of a data module
-    that is not this package's, only what it has.
+    or null), ``index`` and ``splits`` (digests of the names and labels of all images, and of those of each split), of
+    an architecture search ``streams`` (images by class of the two parts of the train split), ``leaks`` (the first
+    twenty pairs of names of identical images in two splits) and ``leak_count``. Of a data module that is not this
+    package's, only what it has.
 
     Args:
         path: The file.
@@ -48,6 +49,10 @@ def write_data_record(path: Path, data: Any) -> None:
             record["splits"][split] = split_digest(data, split)
             if groups is not None:
                 record["groups"][split] = len(np.unique(groups[rows]))
+        streams = getattr(data, "stream_rows", {})
+        if streams:
+            counts = {name: np.bincount(labels[rows], minlength=data.num_classes) for name, rows in streams.items()}
+            record["streams"] = {name: count.tolist() for name, count in counts.items()}
     if hasattr(data, "leaks"):
         record |= {"leaks": [list(pair) for pair in data.leaks[:_MOST_LEAKS]], "leak_count": len(data.leaks)}
     write_json(path, record)

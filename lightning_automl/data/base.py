@@ -14,21 +14,20 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_automl.augment.crops import random_crop, random_crop_flip
 from lightning_automl.augment.policy import ImagePolicy
 from lightning_automl.data.cache import ImageCache, progress, readable_size
+from lightning_automl.data.datasets import Batch, LabelledImages, Streams
 from lightning_automl.data.measure import Facts, facts_type, find_leaks, mean_and_std, measure, measure_window
 from lightning_automl.data.policies import base_padding, check_images, find_policy
-from lightning_automl.data.samplers import EvalSampler, OverfitSampler, TrainSampler, mix
-from lightning_automl.data.splits import make_splits
+from lightning_automl.data.samplers import EvalSampler, OverfitSampler, StreamSampler, TrainSampler, mix
+from lightning_automl.data.splits import cut_streams, make_splits
 from lightning_automl.image_files import windowed
 from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, Tensor]
 
 _VALUES_AT_ONCE = 2**24  # pixels that are read and converted together, 128 MB as float64
 
@@ -56,35 +55,7 @@ class Index:
     groups: NDArray[Any] | None = None
 
 
-class LabelledImages(Dataset[Batch]):
-    """Images and labels; ``dataset[indices]`` is a whole batch by one index operation.
-
-    Args:
-        images: uint8 ``(images, height, width, channels)``, in memory or mapped from a file: batches then are in the
-            channels-last layout that convolutions on CPUs want, which saves them a conversion that costs as much as
-            all the rest.
-        labels: int64 ``(images,)``.
-        rows: Where the images of this data set are in ``images``, int64 ``(images,)``; all of them when left out.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
-        self.images = images
-        self.labels = labels
-        self.rows = rows
-
-    def __getitem__(self, indices: Tensor | int) -> Batch:
-        if isinstance(indices, int):
-            place = indices if self.rows is None else int(self.rows[indices])
-            # a copy, as a batch is: a mapped file cannot be written to
-            return self.images[place].clone().permute(2, 0, 1), self.labels[indices]
-        places = indices if self.rows is None else self.rows[indices]
-        return self.images.index_select(0, places).permute(0, 3, 1, 2), self.labels[indices]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-class _Loader(DataLoader[Batch]):
+class _Loader(DataLoader[Any]):
     """A loader that Lightning takes as resumable; what is to be resumed is in the data module's state."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +94,8 @@ class ImageDataModule(LightningDataModule, ABC):
                 return self.pixels[rows]
 
     Right after construction there are ``num_classes``, ``class_names``, ``channels``, ``image_size`` (height, width),
-    ``split_rows`` (rows of the index by split) and ``class_counts`` (int64 ``(classes,)`` of the train split). After
+    ``split_rows`` (rows of the index by split), ``stream_rows`` (with ``arch_fraction`` those of the train split that
+    ``train`` and ``arch`` have, else empty) and ``class_counts`` (int64 ``(classes,)`` of the train split). After
     :meth:`setup` there are also ``mean`` and ``std`` (float ``(channels,)``, of the train split in [0, 1]), ``window``
     (float ``(channels, 2)``: what became 0 and 255, or None for 8-bit images) and ``leaks`` (pairs of names of
     byte-identical images in different splits).
@@ -147,6 +119,12 @@ class ImageDataModule(LightningDataModule, ABC):
         split_seed: Decides about splits, folds and subset, independently of the run's seed.
         sampling: ``balanced`` draws each class equally often, with replacement, instead of shuffling.
         predict_split: Split that ``predict`` goes through, in order.
+        arch_fraction: Stratified share of the train split, in (0, 1), that an architecture search learns its
+            architecture on, while it learns the weights on the rest: batches of training then are
+            ``{"train": (images, labels), "arch": (images, labels)}``. An epoch goes once through the rest; the share is
+            gone through in an order of its own, again and again. Normalisation, class weights and ``split_rows`` remain
+            those of the whole train split, as of the network that is trained on it later.
+        arch_augment: Whether the images of that share are augmented too, as Liu et al. do in DARTS (2019).
 
     Raises:
         UserError: If the data or an argument do not allow what was asked for.
@@ -157,6 +135,7 @@ class ImageDataModule(LightningDataModule, ABC):
     channels: int
     image_size: tuple[int, int]
     split_rows: dict[str, NDArray[np.int64]]
+    stream_rows: dict[str, NDArray[np.int64]]
     class_counts: Tensor
     mean: Tensor
     std: Tensor
@@ -181,6 +160,8 @@ class ImageDataModule(LightningDataModule, ABC):
         split_seed: int = 0,
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         predict_split: Literal["train", "val", "test"] = "test",
+        arch_fraction: float | None = None,
+        arch_augment: bool = True,
     ) -> None:
         super().__init__()
         _check_choice("base_augment", base_augment, ("none", "crop", "crop_flip"))
@@ -194,6 +175,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.train_policy = find_policy(train_policy)
         self.sampling = sampling
         self.predict_split = predict_split
+        self.arch_augment = arch_augment
 
         contents = self.index()
         _check_labels(contents)
@@ -218,6 +200,16 @@ class ImageDataModule(LightningDataModule, ABC):
             train_on_val=train_on_val,
             seed=split_seed,
         )
+        self.stream_rows = {}
+        if arch_fraction is not None:
+            self.stream_rows = cut_streams(
+                self.split_rows["train"],
+                contents.labels,
+                self.class_names,
+                contents.groups,
+                fraction=arch_fraction,
+                seed=split_seed,
+            )
         self.class_counts = torch.from_numpy(
             np.bincount(contents.labels[self.split_rows["train"]], minlength=self.num_classes).astype(np.int64)
         )
@@ -310,28 +302,53 @@ class ImageDataModule(LightningDataModule, ABC):
             self.datasets[split] = LabelledImages(images, labels[places], places)
         return {split: facts[rows] for split, rows in self.split_rows.items()}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the train split in the order of the epoch, from the position of the checkpoint on."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         rank, world_size = self._rank()
-        dataset = self.dataset("train")
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        sampler = (OverfitSampler if overfit else TrainSampler)(
-            dataset.labels,
-            self.device_batch_size,
-            seed=self._seed,
-            rank=rank,
-            world_size=world_size,
-            balanced=self.sampling == "balanced",
-            epoch=self._start[0],
-            done=self._start[1],
-        )
+        settings: dict[str, Any] = {
+            "seed": self._seed,
+            "rank": rank,
+            "world_size": world_size,
+            "balanced": self.sampling == "balanced",
+            "epoch": self._start[0],
+            "done": self._start[1],
+        }
+        dataset: LabelledImages | Streams = self.dataset("train")
+        sampler: TrainSampler
+        if self.stream_rows:
+            self._check_streams(overfit)
+            dataset = Streams(self.dataset("train"), self._stream_positions())
+            labels = dataset.labels("train"), dataset.labels("arch")
+            sampler = StreamSampler(*labels, self.device_batch_size, **settings)
+        else:
+            kind = OverfitSampler if overfit else TrainSampler
+            sampler = kind(self.dataset("train").labels, self.device_batch_size, **settings)
         if self._start[1] >= len(sampler):
             raise UserError(
                 f"the checkpoint was written after {self._start[1]} batches of an epoch that has {len(sampler)} now; "
                 "resume with the batch size and number of processes that the run was started with"
             )
         return self._loader(dataset, sampler)
+
+    def _check_streams(self, overfit: bool) -> None:
+        if overfit:
+            raise UserError(
+                "arch_fraction and trainer.overfit_batches exclude each other: an architecture is not learned on the "
+                "images of the weights; leave one of them out"
+            )
+        task = None if self.trainer is None else self.trainer.lightning_module
+        if "arch" not in getattr(task, "stages", ("arch",)):
+            raise UserError(
+                f"arch_fraction makes a stream of batches for an architecture search, and {type(task).__name__} is "
+                "none; leave arch_fraction out, or use DartsTask"
+            )
+
+    def _stream_positions(self) -> dict[str, Tensor]:
+        """Where the images of each stream are in the train split, whose rows ascend."""
+        train = self.split_rows["train"]
+        return {name: torch.from_numpy(np.searchsorted(train, rows)) for name, rows in self.stream_rows.items()}
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of the val split, every image once over all ranks."""
@@ -395,11 +412,15 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment in training, and turn uint8 into float in [0, 1]; a dict of batches is treated one by one."""
-        if isinstance(batch, dict):
-            return {key: self.on_after_batch_transfer(part, dataloader_idx) for key, part in batch.items()}
+        if not isinstance(batch, dict):
+            return self._prepared(batch)
+        # in this order, so that the augmentation of the weights' images does not depend on that of the others
+        return {name: self._prepared(part, name != "arch" or self.arch_augment) for name, part in batch.items()}
+
+    def _prepared(self, batch: Batch, augmented: bool = True) -> Batch:
         images, labels = batch
         if images.dtype == torch.uint8:
-            if self.trainer is not None and self.trainer.training:
+            if augmented and self.trainer is not None and self.trainer.training:
                 images = self.augment(images)
             images = images.float().div_(255)
             if self.trainer is not None:
@@ -419,7 +440,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, dataset: LabelledImages, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
+    def _loader(self, dataset: LabelledImages | Streams, sampler: TrainSampler | EvalSampler) -> DataLoader[Any]:
         # Lightning advises worker processes, which would only add a copy of what is in memory
         warnings.filterwarnings("ignore", "The '.*' does not have many workers")
         on_cuda = torch.cuda.is_available() if self.trainer is None else self._device_type() == "cuda"

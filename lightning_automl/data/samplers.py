@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 from lightning_automl.rundir import UserError
 
 _BITS = (1 << 64) - 1
+_ARCH = 0x61726368  # tells the orders of the two streams apart
 
 
 def mix(*values: int) -> int:
@@ -117,6 +118,53 @@ class OverfitSampler(TrainSampler, SequentialSampler):  # type: ignore[misc]  # 
 
     def set_epoch(self, epoch: int) -> None:
         """Stay."""
+
+
+class StreamSampler(TrainSampler):
+    """Batches of two streams: an epoch of ``train`` as :class:`TrainSampler` gives it, beside it batches of ``arch``.
+
+    The images of ``arch`` come in permutations of their own, one behind the other without end, from which the joint
+    batch of step ``t`` of the run (steps of an epoch times epoch, plus step) takes the images ``t * size`` to
+    ``(t + 1) * size``: over any number of epochs each is seen as often as another, or once more. ``size`` is that of
+    the largest batch of ``train``, if there are so many, and the ranks share it evenly.
+
+    Args:
+        labels: Labels ``(images,)`` of ``train``, in [0, classes).
+        arch_labels: Labels ``(images,)`` of ``arch``.
+        batch_size: Images of each stream that a rank takes in one step at most.
+        settings: As those of :class:`TrainSampler`; ``balanced`` holds for both streams.
+
+    Raises:
+        UserError: If a stream has fewer images than there are processes.
+    """
+
+    def __init__(self, labels: Tensor, arch_labels: Tensor, batch_size: int, **settings: Any) -> None:
+        super().__init__(labels, batch_size, **settings)
+        seed = mix(self.seed, _ARCH)
+        self.arch = TrainSampler(arch_labels, batch_size, **{**settings, "seed": seed})
+        self.arch_size = min(-(-self.share // self.steps), self.arch.share) * self.num_replicas
+        self._cycles: dict[int, Tensor] = {}  # the orders of the two newest
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # of two streams
+        position = self.epoch * self.steps + self.done
+        for train in super().__iter__():
+            yield {"train": train, "arch": self.arch_batch(position)}
+            position += 1
+
+    def arch_batch(self, position: int) -> Tensor:
+        """This rank's indices into ``arch`` of the step ``position`` of the run."""
+        images = len(self.arch.labels)
+        cycle, place = divmod(position * self.arch_size, images)
+        order = self._cycle(cycle)[place : place + self.arch_size]
+        if len(order) < self.arch_size:
+            order = torch.cat([order, self._cycle(cycle + 1)[: self.arch_size - len(order)]])
+        return order[self.rank :: self.num_replicas]
+
+    def _cycle(self, cycle: int) -> Tensor:
+        if cycle not in self._cycles:
+            self._cycles = {number: order for number, order in self._cycles.items() if number == cycle - 1}
+            self._cycles[cycle] = self.arch.order(cycle)
+        return self._cycles[cycle]
 
 
 class EvalSampler(DistributedSampler[Tensor], SequentialSampler):

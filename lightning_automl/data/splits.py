@@ -92,6 +92,46 @@ def make_splits(
     return splits
 
 
+def cut_streams(
+    rows: Rows,
+    labels: Rows,
+    class_names: Sequence[str],
+    groups: NDArray[np.generic] | None = None,
+    *,
+    fraction: float,
+    seed: int = 0,
+) -> dict[str, Rows]:
+    """Cut the train split for an architecture search: ``train`` for the weights, ``arch`` for the architecture.
+
+    Args:
+        rows: Those of the train split, ascending.
+        labels: Class ``(images,)`` of each image of the index, in [0, classes).
+        class_names: Names for messages.
+        groups: One value an image of the index; images of one group come into one of the two.
+        fraction: Share of each class that becomes ``arch``, in (0, 1); with groups about that.
+        seed: Decides about everything random here.
+
+    Returns:
+        Rows by stream, each ascending, together those given.
+
+    Raises:
+        UserError: If the fraction is out of range, or some class cannot be in both.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"arch_fraction is {fraction}; it must lie between 0 and 1, for example 0.5")
+    codes = None if groups is None else np.unique(groups, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    cutter = _Cutter(labels, class_names, codes, seed)
+    cutter.check_enough(rows, ["the weights' part of train", "the architecture's (arch_fraction)"])
+    try:
+        train, arch = cutter.hold_out(rows, fraction, reserve=1, salt=3)
+    except UserError as error:
+        raise UserError(
+            f"arch_fraction is {fraction}, and the groups of the train split cannot be cut so that both parts hold "
+            "every class; give another fraction, or images of more groups"
+        ) from error
+    return {"train": train, "arch": arch}
+
+
 def _check_numbers(
     fold: int | None, folds: int, subset: float | None, val_fraction: float, test_fraction: float, seed: int
 ) -> None:
