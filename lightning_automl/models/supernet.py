@@ -11,6 +11,7 @@ from lightning_automl.models.derivation import Edges, cell_edges
 from lightning_automl.models.genotype import Genotype
 from lightning_automl.models.genotype_network import SMALLEST, GenotypeNetwork, check_size
 from lightning_automl.models.layers import Norm, check_images, norm_layer
+from lightning_automl.models.nasbench201 import NasBench201Network
 from lightning_automl.models.ops import DARTS_OPERATIONS, OPS, operation
 from lightning_automl.models.relaxations import Mixture, Relaxation, SoftmaxRelaxation
 from lightning_automl.models.search_cell import MixedOp, SearchCell, mix
@@ -90,7 +91,8 @@ class CellSpace(Supernet):
 
     def parameters_of(self, kind: str) -> dict[str, Tensor]:
         """The architecture parameters of one kind of cell by name."""
-        return dict(self.architecture[kind].items())
+        parameters: Any = self.architecture[kind]
+        return dict(parameters.items())
 
     def mixtures(self) -> dict[str, Mixture]:
         """The weights of one forward pass, the same for all cells of a kind."""
@@ -110,6 +112,7 @@ class CellSpace(Supernet):
 
     def mixed_ops(self) -> Iterator[tuple[str, int, int, MixedOp]]:
         """Kind of cell, number of cell, number of edge, and what is on it."""
+        cell: Any
         for number, cell in enumerate(self.cells):
             for edge, mixed in enumerate(getattr(cell, "edges", ())):
                 yield cell.kind, number, edge, mixed
@@ -215,6 +218,7 @@ class DartsSpace(CellSpace):
         check_size(images.shape[2], images.shape[3], SMALLEST)
         mixtures = self.mixtures()
         state0 = state1 = self.stem(images)
+        cell: Any
         for cell in self.cells:
             state0, state1 = state1, cell(state0, state1, mixtures[cell.kind])
         logits: Tensor = self.classifier(state1.mean((2, 3)))
@@ -249,7 +253,7 @@ class DartsSpace(CellSpace):
         )
 
 
-def copy_shared_weights(supernet: CellSpace, network: nn.Module) -> None:
+def copy_shared_weights(supernet: CellSpace, network: GenotypeNetwork | NasBench201Network) -> None:
     """Give the network of a genotype the weights and statistics that it has in the space.
 
     What the space does not have, such as the scales of norms or an auxiliary head, keeps its values.
@@ -261,6 +265,8 @@ def copy_shared_weights(supernet: CellSpace, network: nn.Module) -> None:
     for name, module in network.named_children():
         if name != "cells" and hasattr(supernet, name):
             module.load_state_dict(getattr(supernet, name).state_dict(), strict=False)
+    cell: Any
+    source: Any
     for cell, source in zip(network.cells, supernet.cells, strict=True):
         if not hasattr(cell, "wires"):
             cell.load_state_dict(source.state_dict())

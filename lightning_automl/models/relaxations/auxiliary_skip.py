@@ -43,7 +43,7 @@ class AuxiliarySkip(Relaxation):
         self.schedule = schedule
         self.register_buffer("current", torch.tensor(float(beta)))
         self._weight = beta  # the same number; reading it from a device would wait for the device
-        self.register_load_state_dict_post_hook(_read_weight)
+        self.register_load_state_dict_post_hook(_read_weight)  # type: ignore[no-untyped-call]
 
     def at(self, epoch: int, epochs: int) -> None:
         """Let the weight go from ``beta`` in epoch 0 to 0 in epoch ``epochs``."""

@@ -47,4 +47,4 @@ class PartialChannels(Relaxation):
 def edge_weights(beta: Tensor, edges: Edges) -> Tensor:
     """Softmax of ``beta`` ``(E,)`` over the edges into the same node, which follow each other."""
     fan_in = list(Counter(edges.targets).values())
-    return torch.cat([part.softmax(0) for part in beta.split(fan_in)])
+    return torch.cat([part.softmax(0) for part in torch.split(beta, fan_in)])
