@@ -33,7 +33,7 @@ from lightning_automl.data.policies import policy_kept_in
 from lightning_automl.mistakes import ending, one_sentence, root_cause
 from lightning_automl.models import flop_count, parameter_count
 from lightning_automl.models.weights import without_loading
-from lightning_automl.parser import Parser, adapt_jsonargparse, with_saved_config
+from lightning_automl.parser import Parser, adapt_jsonargparse, keep_genotypes, with_saved_config
 from lightning_automl.process import keep_freed_memory, messages, rank, see_working_directory
 from lightning_automl.results.configuration import RUN_DEFAULTS, TRAINER_DEFAULTS
 from lightning_automl.results.network import FROM_DATA
@@ -149,6 +149,7 @@ class AutoMLCLI(LightningCLI):
             raise UserError(one_sentence(error, parser)) from error
         self.subcommand = self.config.subcommand
         config = self.config[self.subcommand]
+        keep_genotypes(config)
         given = config.dir
         if given is None and rank() > 0:
             given = os.environ.get(DIRECTORY_VARIABLE)
@@ -178,6 +179,7 @@ class AutoMLCLI(LightningCLI):
                 raise UserError(f"{directory} is the directory of a search, not of a run; give another --dir")
             return
         before = yaml.safe_load(saved.read_text())
+        keep_genotypes(config, before)
         if config.seed_everything is True:
             config.seed_everything = before["seed_everything"]
         # All ranks come to the same answer: rank 0 changes the summary before the config, and they are read the other

@@ -1,5 +1,7 @@
 """LightningCLI's parser with what we want otherwise from jsonargparse."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ import jsonargparse
 from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_automl.models import load_genotype
 from lightning_automl.rundir import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Parser(LightningArgumentParser):
@@ -48,6 +53,29 @@ def _resolve(cls: Any, name: str) -> str:
         if len(ours) != 1:
             raise
         return str(ours[0])
+
+
+def keep_genotypes(config: jsonargparse.Namespace, before: Mapping[str, Any] | None = None) -> None:
+    """Let a configuration hold the genotypes of its networks, and not where they came from, which may go or change.
+
+    The content of a file is there already: jsonargparse reads it where the type is a mapping (guarded by a test). This
+    is about the directories of searches, and about what is not there any more when a run goes on.
+
+    Args:
+        config: Of a sub-command; changed in place.
+        before: The configuration that the run was started with, whose genotype takes the place of one that is gone.
+    """
+    for key, value in list(config.items()):
+        if not key.endswith(".init_args.genotype") or not isinstance(value, str):
+            continue
+        former: Any = before
+        for part in key.split("."):
+            former = former.get(part) if isinstance(former, Mapping) else None
+        if (Path(value) / "genotype.json").is_file():
+            config[key] = load_genotype(value).to_dict()
+        elif isinstance(former, Mapping) and not Path(value).exists():
+            log.info("the genotype %s is not there any more; taking that of the run", value)
+            config[key] = dict(former)
 
 
 def with_saved_config(arguments: list[str]) -> list[str]:

@@ -172,5 +172,5 @@ class ResidualReduction(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(batch, inputs, height, width)`` to ``(batch, outputs, height / 2, width / 2)``, rounded up."""
-        residual: Tensor = self.conv2(self.conv1(features))
-        return residual + self.shortcut(features)
+        halved: Tensor = self.conv2(self.conv1(features)) + self.shortcut(features)
+        return halved

@@ -16,9 +16,14 @@ OWN = {
     name: value
     for name in models.__all__
     if inspect.isclass(value := getattr(models, name)) and issubclass(value, nn.Module)
+    if "num_classes" in inspect.signature(value).parameters and not issubclass(value, models.Supernet)
 }
-#: What an own network cannot be built without.
-EXTRA = {"Backbone": {"name": "resnet18", "pretrained": False}}
+#: What an own network cannot be built without, or would be too slow without.
+EXTRA = {
+    "Backbone": {"name": "resnet18", "pretrained": False},
+    "GenotypeNetwork": {"channels": 8, "cells": 5},
+    "NasBench201Network": {"cells_per_stage": 1},
+}
 
 #: First layer, layers of the logits, blocks: their number, class, first and last.
 KNOWN = {

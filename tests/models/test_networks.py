@@ -13,11 +13,18 @@ NETWORKS = {
     name: value
     for name in models.__all__
     if inspect.isclass(value := getattr(models, name)) and issubclass(value, nn.Module)
+    if "num_classes" in inspect.signature(value).parameters
 }
 
 
-#: What a network cannot be built without.
-EXTRA = {"Backbone": {"name": "resnet18", "pretrained": False}}
+#: What a network cannot be built without, or would be too slow without.
+EXTRA = {
+    "Backbone": {"name": "resnet18", "pretrained": False},
+    "DartsSpace": {"channels": 4, "cells": 3},
+    "GenotypeNetwork": {"channels": 4, "cells": 5},
+    "NasBench201Network": {"cells_per_stage": 1},
+    "NasBench201Space": {"channels": 4, "cells_per_stage": 1},
+}
 
 
 def build(name, classes=2, channels=3, size=28):
@@ -28,6 +35,7 @@ def build(name, classes=2, channels=3, size=28):
 
 def test_there_are_networks():
     assert {"TunableCNN", "ResNet", "DenseNet", "EfficientNet", "Backbone"} <= NETWORKS.keys()
+    assert {"GenotypeNetwork", "NasBench201Network", "DartsSpace"} <= NETWORKS.keys()
 
 
 @pytest.mark.parametrize("size", [8, 28, 33])

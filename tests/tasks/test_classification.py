@@ -206,6 +206,61 @@ def test_the_counter_of_waits_counts():
     assert mode.count == 1
 
 
+class TwoHeads(nn.Module):
+    """Gives further logits in training, as networks with auxiliary heads do."""
+
+    def __init__(self, others=1):
+        super().__init__()
+        self.first = nn.Linear(64, 10)
+        self.others = nn.ModuleList(nn.Linear(64, 10) for _ in range(others))
+
+    def forward(self, images):
+        features = images.flatten(1)
+        logits = self.first(features)
+        return (logits, *(head(features) for head in self.others)) if self.training else logits
+
+
+@pytest.mark.parametrize("others", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_losses_of_auxiliary_logits_are_added_with_their_weight(others, mixed):
+    model = TwoHeads(others)
+    mix = MixUp(alpha=1.0) if mixed else None
+    task = ClassificationTask(model, 10, auxiliary_weight=0.3, mix=mix, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6)
+    torch.manual_seed(1)
+    loss = task.step((images, labels), "train")
+    torch.manual_seed(1)
+    targets = labels
+    if mixed:
+        images, targets = mix(images, labels)
+    features = images.flatten(1)
+    losses = [task.loss(head(features), targets) for head in (model.first, *model.others)]
+    torch.testing.assert_close(loss, losses[0] + 0.3 * sum(losses[1:]))
+    logits, _, kept = task.outputs("train").compute()
+    torch.testing.assert_close(logits, model.first(features))
+    torch.testing.assert_close(kept, losses[0])
+
+
+def test_a_network_with_an_auxiliary_head_trains_and_is_validated_by_its_logits_alone():
+    trained = ClassificationTask(TwoHeads(), 10)
+    before = [parameter.clone() for parameter in trained.parameters()]
+    trainer = fit(trained)
+    assert all((new != old).any() for new, old in zip(trained.parameters(), before, strict=True))
+    assert {"train_loss", "val_loss"} <= trainer.callback_metrics.keys()
+    without = ClassificationTask(TwoHeads(), 10, auxiliary_weight=0.0)
+    head = without.model.others[0]
+    kept = head.weight.clone()
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    without.optimizer = optimizer
+    fit(without)
+    assert torch.equal(head.weight, kept)
+
+
+def test_a_negative_weight_of_auxiliary_logits_is_refused():
+    with pytest.raises(UserError, match="auxiliary_weight is -1"):
+        ClassificationTask(network(), 10, auxiliary_weight=-1)
+
+
 class MyTask(ClassificationTask):
     """A subclass built in Python, with a class among its arguments."""
 
