@@ -1,5 +1,6 @@
 """What an architecture search finds: the edges of a cell and their operations, as data."""
 
+import ast
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -137,8 +138,9 @@ def load_genotype(source: Genotype | Mapping[str, Any] | str | Path) -> Genotype
 
     Args:
         source: A genotype, its content as a mapping, the name of a published one (:data:`PUBLISHED`), a
-            ``genotype.json``, a run directory that has one, or an architecture in the notation of NAS-Bench-201, such
-            as ``|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|``.
+            ``genotype.json``, a run directory that has one, a text ``Genotype(normal=[('sep_conv_3x3', 0), …], …)`` as
+            the code of DARTS prints and keeps it (nothing of it is run), or an architecture in the notation of
+            NAS-Bench-201, such as ``|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|``.
 
     Raises:
         UserError: If there is nothing of this name, or it is no genotype.
@@ -156,20 +158,27 @@ def load_genotype(source: Genotype | Mapping[str, Any] | str | Path) -> Genotype
         )
     if str(source) in PUBLISHED:
         return PUBLISHED[str(source)]
-    if str(source).strip().startswith("|"):
-        return _from_nasbench201(str(source))
+    text = str(source).strip()
+    if text.startswith("|"):
+        return _from_nasbench201(text)
+    if text.startswith("Genotype("):
+        return Genotype.from_dict(_from_call(text))
     path = Path(source)
-    if path.is_dir():
-        if not (path / "genotype.json").is_file():
-            raise UserError(
-                f"{path} has no genotype.json; give the run directory of an architecture search that has done an epoch"
-            )
-        path = path / "genotype.json"
-    if not path.is_file():
-        close = get_close_matches(str(source), PUBLISHED, n=1)
+    try:
+        is_folder = path.is_dir()
+        path = path / "genotype.json" if is_folder else path
+        is_file = path.is_file()
+    except OSError:  # the name is too long, or what is there may not be seen
+        is_folder = is_file = False
+    if is_folder and not is_file:
+        raise UserError(
+            f"{path.parent} has no {path.name}; give the run directory of an architecture search that has done an epoch"
+        )
+    if not is_file:
+        close = get_close_matches(text, PUBLISHED, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"no genotype is called {str(source)!r} and there is no such file; {hint}known: {', '.join(PUBLISHED)}; or "
+            f"no genotype is called {text[:200]!r} and there is no such file; {hint}known: {', '.join(PUBLISHED)}; or "
             "give a genotype.json or a run directory that has one"
         )
     try:
@@ -311,12 +320,31 @@ def _by_node(kind: str, cell: Any) -> list[Any]:
 def _with_chosen(names: Sequence[str], nodes: Iterable[Any]) -> list[str]:
     """The operations, and those that were chosen beside them."""
     edges = [_edge(edge, "a genotype") for node in nodes for edge in _sequence("a node of a genotype", node)]
-    return list(dict.fromkeys([*names, *(name for name, _ in edges)]))
+    return list(dict.fromkeys([*names, *(name for name, _ in edges if isinstance(name, str))]))
+
+
+def _from_call(text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise ValueError("it is no call")
+        return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"a genotype beginning with {text[:40]!r} cannot be read ({error}); it needs normal=[…], "
+            "normal_concat=[…], reduce=[…] and reduce_concat=[…], of lists, texts and numbers"
+        ) from error
+
+
+def _literal(value: ast.expr) -> Any:
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "range":
+        return range(*(ast.literal_eval(argument) for argument in value.args))
+    return ast.literal_eval(value)
 
 
 def _from_nasbench201(text: str) -> Genotype:
     nodes = []
-    for part in text.strip().split("+"):
+    for part in text.split("+"):
         edges = []
         for edge in part.strip().strip("|").split("|"):
             name, separator, source = edge.partition("~")
@@ -328,7 +356,10 @@ def _from_nasbench201(text: str) -> Genotype:
             edges.append((name, int(source)))
         nodes.append(tuple(edges))
     return Genotype(
-        normal=tuple(nodes), normal_concat=(len(nodes),), inputs=1, operations=tuple(NASBENCH201_OPERATIONS)
+        normal=tuple(nodes),
+        normal_concat=(len(nodes),),
+        inputs=1,
+        operations=tuple(_with_chosen(NASBENCH201_OPERATIONS, nodes)),
     )
 
 

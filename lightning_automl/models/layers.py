@@ -113,7 +113,7 @@ def _joint_statistics(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.cat([own_mean, own_variance, own_mean.new_full((1,), count)])
     rows = row.new_zeros(dist.get_world_size(), row.numel())
     rows[dist.get_rank()] = row
-    rows = all_reduce(rows)
+    rows = all_reduce(rows)  # type: ignore[no-untyped-call]
     means, variances, counts = rows[:, : len(own_mean)], rows[:, len(own_mean) : -1], rows[:, -1:]
     total = counts.sum()
     mean = (means * counts).sum(0) / total

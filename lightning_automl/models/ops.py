@@ -211,7 +211,8 @@ class SqueezeExcitation(nn.Module):
         """Apply it to images ``(batch, channels, height, width)``."""
         images = self.reduce(images)
         means = images.mean((2, 3), keepdim=True)
-        return images * self.excite(F.relu(self.squeeze(means))).sigmoid()
+        scales: Tensor = self.excite(F.relu(self.squeeze(means))).sigmoid()
+        return images * scales
 
 
 def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
