@@ -27,11 +27,11 @@ import lightning_automl.data
 import lightning_automl.losses
 import lightning_automl.models
 import lightning_automl.tasks  # noqa: F401  # these imports make the short class names known
-from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, RunWriter, TrialPruning
+from lightning_automl.callbacks import AtomicCheckpointIO, BatchSizeProbe, GenotypeWriter, RunWriter, TrialPruning
 from lightning_automl.callbacks.records import policy_changed
 from lightning_automl.data.policies import policy_kept_in
 from lightning_automl.mistakes import ending, one_sentence, root_cause
-from lightning_automl.models import flop_count, parameter_count
+from lightning_automl.models import Supernet, flop_count, parameter_count
 from lightning_automl.models.weights import without_loading
 from lightning_automl.parser import Parser, adapt_jsonargparse, keep_genotypes, with_saved_config
 from lightning_automl.process import keep_freed_memory, messages, rank, see_working_directory
@@ -261,7 +261,9 @@ class AutoMLCLI(LightningCLI):
             self._get(self.config, "mode"),
             self._get(self.config, "checkpoint_every_n_steps"),
         )
-        callbacks = [*_as_list(config["callbacks"]), *self.watching, self.writer]
+        searches = isinstance(getattr(self.model, "model", None), Supernet)
+        writers = [GenotypeWriter(directory), self.writer] if searches else [self.writer]
+        callbacks = [*_as_list(config["callbacks"]), *self.watching, *writers]
         if getattr(self.datamodule, "batch_size", None) == "auto":
             callbacks.append(BatchSizeProbe())
         if config["enable_progress_bar"] is None:
@@ -432,7 +434,7 @@ class AutoMLCLI(LightningCLI):
             return
         directory = self.writer.directory
         names = ["*.png", "predictions_*.safetensors", "data.json", "policy.json", "metrics.csv"]
-        names += ["adapter", "adapter_statistics.json"]
+        names += ["adapter", "adapter_statistics.json", "architecture.json", "genotype.json"]
         left = {path.stem: path.name for name in names for path in sorted(directory.glob(name))}
         if self.writer.best_checkpoint.exists():
             left["best_checkpoint"] = str(self.writer.best_checkpoint.relative_to(directory))

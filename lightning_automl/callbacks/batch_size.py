@@ -18,19 +18,23 @@ class BatchSizeProbe(Callback):
     Works on a data module with ``device_batch_size``, ``channels`` and ``image_size``. Before training, each rank
     passes a batch of black images forward and backward in the trainer's precision, with room kept for two states per
     parameter as Adam has them; the smallest answer of all ranks holds. Weights, buffers, gradients and random numbers
-    are as before. The choice is a part of the checkpoint, so that a continued run uses the same batches.
+    are as before. A task with an optimization of its own is told by its attribute ``accumulate``. The choice is a part
+    of the checkpoint, so that a continued run uses the same batches.
     """
 
     def __init__(self) -> None:
         self.device_batch_size = 0
         self.accumulate = 1
         self._trainer: Trainer | None = None
+        self._module: Any = None
+        self._own = 1  # batches of a step that the module was given
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the batch size before the data loaders are made; without ``fit`` for a forward pass alone."""
         if self.device_batch_size:  # a test after fit, whose batches fit all the more
             return
-        self._trainer = trainer
+        self._trainer, self._module = trainer, pl_module
+        self._own = getattr(pl_module, "accumulate", 1)
         wanted = size = int(trainer.datamodule.device_batch_size)  # type: ignore[attr-defined]  # set by Trainer.fit
         while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, pl_module, size, stage), all=True):
             if size == 1:
@@ -56,7 +60,10 @@ class BatchSizeProbe(Callback):
             seeds = torch.random.fork_rng([device] if device.type == "cuda" else [])
             with seeds, precision, torch.set_grad_enabled(stage == "fit"):
                 images = torch.zeros(size, data.channels, *data.image_size, dtype=torch.uint8, device=device)
-                total = pl_module(images).float().sum()
+                outputs = pl_module(images)
+                # a network may give further logits beside its own in training (auxiliary heads)
+                parts = outputs if isinstance(outputs, tuple) else (outputs,)
+                total: Any = torch.stack([part.float().sum() for part in parts]).sum()
                 if stage != "fit":
                     return True
                 total.backward()
@@ -78,7 +85,10 @@ class BatchSizeProbe(Callback):
     def _apply(self) -> None:
         assert self._trainer is not None
         self._trainer.datamodule.device_batch_size = self.device_batch_size  # type: ignore[attr-defined]
-        self._trainer.accumulate_grad_batches = self.accumulate
+        if not self._module.automatic_optimization:  # it accumulates itself, if it can
+            self._module.accumulate = self._own * self.accumulate
+        else:
+            self._trainer.accumulate_grad_batches = self.accumulate
 
     def state_dict(self) -> dict[str, Any]:
         """The batch size found and the number of batches a step."""

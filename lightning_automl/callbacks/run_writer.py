@@ -142,7 +142,9 @@ class RunWriter(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a checkpoint within the epoch when asked to."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        batches = (self.every_n_steps or 0) * trainer.accumulate_grad_batches  # gradients are not in a checkpoint
+        # gradients are not in a checkpoint; a task with optimization of its own may accumulate them itself
+        accumulated = max(trainer.accumulate_grad_batches, int(getattr(pl_module, "accumulate", 1)))
+        batches = (self.every_n_steps or 0) * accumulated
         if batches and progress.current.ready % batches == 0 and not progress.is_last_batch:
             self._is_best = False
             trainer.save_checkpoint(self.last_checkpoint, weights_only=False)

@@ -175,6 +175,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.train_policy = find_policy(train_policy)
         self.sampling = sampling
         self.predict_split = predict_split
+        self.arch_fraction = arch_fraction
         self.arch_augment = arch_augment
 
         contents = self.index()
