@@ -35,15 +35,18 @@ def flop_count(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def latency(model: nn.Module, input_shape: tuple[int, ...], repeats: int = 30) -> float:
+def latency(
+    model: nn.Module, input_shape: tuple[int, ...], repeats: int = 30, device: torch.device | None = None
+) -> float:
     """Milliseconds of the forward pass of one image on the device and with the threads that there are: a median.
 
     Args:
         model: The network, in evaluation mode meanwhile.
         input_shape: ``(channels, height, width)``, without the batch.
         repeats: Timed passes, after a third as many that are not.
+        device: Where the network is; ``None``: where its first parameter is.
     """
-    image = _image(model, input_shape)
+    image = _image(model, input_shape, device)
     seconds = []
     with _evaluating(model):
         for turn in range(repeats + repeats // 3):
@@ -56,9 +59,9 @@ def latency(model: nn.Module, input_shape: tuple[int, ...], repeats: int = 30) -
     return 1000 * statistics.median(seconds)
 
 
-def _image(model: nn.Module, input_shape: tuple[int, ...]) -> torch.Tensor:
+def _image(model: nn.Module, input_shape: tuple[int, ...], device: torch.device | None = None) -> torch.Tensor:
     like = next(model.parameters(), torch.empty(0))
-    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device if device is None else device)
 
 
 @contextmanager
