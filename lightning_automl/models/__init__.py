@@ -7,6 +7,7 @@ from lightning_automl.models.densenet import DenseNet
 from lightning_automl.models.genotype import Genotype, load_genotype
 from lightning_automl.models.genotype_network import GenotypeNetwork
 from lightning_automl.models.nasbench201 import NasBench201Network
+from lightning_automl.models.nasbench201_space import NasBench201Space
 from lightning_automl.models.pretrained import Backbone
 from lightning_automl.models.resnet import ResNet
 from lightning_automl.models.scaling import EfficientNet, Scaling, compound_scaling, round_channels, round_repeats
@@ -23,6 +24,7 @@ __all__ = [
     "GenotypeNetwork",
     "LoadReport",
     "NasBench201Network",
+    "NasBench201Space",
     "ResNet",
     "Scaling",
     "Supernet",

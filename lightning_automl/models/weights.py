@@ -295,12 +295,18 @@ def _common_prefix(own: set[str], given: Iterable[str]) -> str:
 
 
 def _head(model: nn.Module) -> set[str]:
-    """The names of the tensors that make the logits: those of the last linear layer, else of the last convolution."""
-    for kind in (nn.Linear, nn.Conv2d):
-        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
-        if names:
-            return {f"{names[-1]}.{part}".removeprefix(".") for part in ("weight", "bias")}
-    return set()
+    """The names of the tensors that make the logits: those of the last linear layer, else of the last convolution.
+
+    Those of a network's ``auxiliary_head`` are found in the same way.
+    """
+    heads: set[str] = set()
+    for top, root in (("", model), ("auxiliary_head.", getattr(model, "auxiliary_head", None))):
+        for kind in (nn.Linear, nn.Conv2d):
+            names = [name for name, module in root.named_modules() if isinstance(module, kind)] if root else []
+            if names:
+                heads |= {f"{top}{names[-1]}.{part}".removeprefix(".") for part in ("weight", "bias")}
+                break
+    return heads
 
 
 def _some(names: list[str]) -> str:

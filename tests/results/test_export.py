@@ -73,6 +73,8 @@ NETWORKS = {
     "EfficientNet": {"phi": 0.5},
     "Backbone": {"name": "mobilenet_v3_small", "pretrained": False, "resize": 40},
     "lite": {"name": "efficientnet_lite0"},
+    "GenotypeNetwork": {"channels": 4, "cells": 3, "auxiliary": True, "drop_path": 0.2},
+    "NasBench201Network": {"channels": 4, "cells_per_stage": 1},
 }
 
 
