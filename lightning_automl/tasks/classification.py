@@ -80,7 +80,7 @@ class ClassificationTask(LightningModule):
         super().__init__()
         if auxiliary_weight < 0:
             raise UserError(f"auxiliary_weight is {auxiliary_weight}; it must be 0 or more")
-        self.save_hyperparameters(ignore=["model", "optimizer", "scheduler", "loss", "mix"])
+        self.save_hyperparameters(ignore=["model", "optimizer", "scheduler", "loss", "mix", "arch_optimizer", "cost"])
         self.num_classes = num_classes
         self.model = model
         self.optimizer = optimizer
@@ -201,10 +201,10 @@ class ClassificationTask(LightningModule):
             labels = targets.argmax(1)
         output = self(images)
         logits, *auxiliary = output if isinstance(output, tuple) else (output,)
-        loss: Tensor = self.loss(logits.float(), targets)
+        loss: Tensor = self.loss(_full(logits), targets)
         self.outputs(stage).update(logits, labels, loss)
         for others in auxiliary:
-            loss = loss + self.auxiliary_weight * self.loss(others.float(), targets)
+            loss = loss + self.auxiliary_weight * self.loss(_full(others), targets)
         return loss
 
     def outputs(self, stage: str) -> StageOutputs:
@@ -304,6 +304,11 @@ class ClassificationTask(LightningModule):
         if steps == float("inf"):
             raise UserError("the scheduler needs to know the length of the run; set trainer.max_epochs or max_steps")
         return int(steps)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits in float32 where they are in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -259,12 +260,14 @@ class DartsTask(ClassificationTask):
                     loss = self.trainer.precision_plugin.pre_backward(loss, self)  # scaled for fp16
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             total = [_sum(*pair) for pair in zip(total, found, strict=True)]
-        if not exact and (scale := self._scale()) is not None:
+        scale = None if exact else self._scale()
+        if scale is not None:
             total = [None if gradient is None else gradient / scale for gradient in total]
         if world_size() > 1:  # all ranks exchange as much, whatever a pass has used
             *averaged, value = mean_over_ranks([*filled(total, parameters), value])
             total = [None if own is None else mean for own, mean in zip(total, averaged, strict=True)]
-        if heard:
+        if heard and (scale is None or not (self.unrolled and stage == "arch")):
+            # one step ahead on gradients that have overflowed, the loss is not finite either; the scaler sees to that
             self._ask(f"{stage}_loss is not finite", value.isfinite())
         return total
 
@@ -322,7 +325,7 @@ class DartsTask(ClassificationTask):
     def _ask(self, what: str, finite: Tensor) -> None:
         """Take note of a finding on the device; it is looked at now and then, so that the device need not wait."""
         self._questions.append((what, self.global_step, finite.detach()))
-        if self.device.type == "cpu" or len(self._questions) >= _PATIENCE:
+        if not _waits(self.device) or len(self._questions) >= _PATIENCE:
             self._look()
 
     def _look(self) -> None:
@@ -385,6 +388,8 @@ class DartsTask(ClassificationTask):
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and getattr(data, "arch_fraction", 0) is None:
             raise UserError(f"the data give no second stream of batches, for the alphas of a search; {_SECOND_STREAM}")
+        # Lightning 2.6 advises to keep weights from before the step, which nobody could continue from
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
         super().setup(stage)
         if self.cost is not None:
             if not hasattr(data, "image_size"):
@@ -418,17 +423,21 @@ class DartsTask(ClassificationTask):
 
     def _set_schedule(self, epoch: int, epochs: int | None = None) -> None:
         relaxation = getattr(self.model, "relaxation", None)
-        if relaxation is not None:
-            relaxation.at(epoch, self._epochs() if epochs is None else epochs)
+        if relaxation is None:
+            return
+        epochs = self._epochs() if epochs is None else epochs
+        if epochs is None:
+            raise UserError("the relaxation follows the length of the search; set trainer.max_epochs or max_steps")
+        relaxation.at(epoch, epochs)
 
-    def _epochs(self) -> int:
-        """Length of the run."""
+    def _epochs(self) -> int | None:
+        """Length of the run, if it has one."""
         trainer = self.trainer
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             return trainer.max_epochs
         if trainer.max_steps > 0:
             return math.ceil(trainer.max_steps / math.ceil(trainer.num_training_batches / self.accumulate))
-        raise UserError("a search needs to know its length; set trainer.max_epochs or max_steps")
+        return None
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of both streams, and look whether all ranks have the same genotype.
@@ -453,7 +462,7 @@ class DartsTask(ClassificationTask):
         search = checkpoint.get("search")
         if search is not None:
             self.chosen = None if search["chosen"] is None else tuple(search["chosen"])
-            self._set_schedule(int(checkpoint["epoch"]), int(search["epochs"]))
+            self._set_schedule(int(checkpoint["epoch"]), search["epochs"])
 
     # Optimizers -----------------------------------------------------------------------------------------------------
 
@@ -509,3 +518,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one if other is None else other if one is None else one + other
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether to look at a number means to wait for all that the device has to do until then."""
+    return device.type != "cpu"
