@@ -308,6 +308,14 @@ def test_random_genotypes_are_uniform_over_their_space(like):
     assert chisquare(list(counts.values())).pvalue > 0.01
 
 
+def test_each_kind_of_cell_is_drawn_with_its_own_numbers_of_edges():
+    like = replace(SMALL, reduce=(SMALL.normal[0][:1], SMALL.normal[1], SMALL.normal[1]), reduce_concat=(3, 4))
+    for seed in range(20):
+        drawn = random_genotype(like, seed)
+        assert [len(node) for node in drawn.reduce] == [1, 2, 2]
+        assert drawn.reduce_concat == (3, 4)
+
+
 def test_both_cells_are_drawn_and_independently():
     like = replace(SMALL, reduce=SMALL.normal, reduce_concat=(2, 3))
     pairs = [random_genotype(like, seed) for seed in range(500)]

@@ -212,6 +212,7 @@ def test_factorized_reduce_refuses_odd_channels():
     with pytest.raises(UserError, match="even"):
         build("skip_connect", 5, 2)
     build("skip_connect", 5, 1)
+    assert FactorizedReduce(5, 6, no_norm)(torch.rand(1, 5, 4, 4)).shape == (1, 6, 2, 2)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
