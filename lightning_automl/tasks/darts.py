@@ -395,7 +395,7 @@ class DartsTask(ClassificationTask):
             if not hasattr(data, "image_size"):
                 raise UserError("cost needs a data module with 'channels' and 'image_size'; leave cost out")
             height, width = data.image_size
-            self.cost.prepare(self.model, (data.channels, height, width))
+            self.cost.prepare(self.model, (data.channels, height, width), self.trainer.strategy.root_device)
 
     def on_fit_start(self) -> None:
         """Do not go on with a search that was stopped."""

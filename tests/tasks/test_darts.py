@@ -662,7 +662,7 @@ def test_the_gradient_for_guards_is_that_of_the_loss_and_leaves_no_trace():
 class Price(nn.Module):
     limit = None
 
-    def prepare(self, model, shape):
+    def prepare(self, model, shape, device=None):
         self.shape = shape
 
     def penalty(self, model):
