@@ -95,6 +95,19 @@ def test_pools_of_the_search_have_a_norm_without_parameters():
                 assert len(norms) == 1
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    "build", [small, lambda **given: NasBench201Space(3, 1, channels=4, cells_per_stage=1, **given)]
+)
+def test_norms_of_edges_scale_and_shift_only_when_asked(build, affine):
+    space = build(affine=affine)
+    norms = [
+        module for *_, edge in space.mixed_ops() for module in edge.modules() if isinstance(module, nn.BatchNorm2d)
+    ]
+    assert norms
+    assert {norm.affine for norm in norms} == {affine}
+
+
 @pytest.mark.parametrize("reduction", [False, True])
 @pytest.mark.parametrize("halve", [False, True])
 def test_a_cell_puts_its_nodes_together_and_a_reduction_halves_the_image(reduction, halve):
