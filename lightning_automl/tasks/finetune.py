@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_automl.models.cost import parameter_count
+from lightning_automl.models.layers import SyncBatchNorm2d
 from lightning_automl.models.weights import is_loading
 from lightning_automl.rundir import UserError
 from lightning_automl.tasks.classification import ClassificationTask
@@ -457,10 +458,10 @@ class FinetuneTask(PartlyFrozenTask):
     def _reestimate(self) -> None:
         """Take the statistics of all batch norms from the train split: averages of those of its batches."""
         norms = [norm for norm in self._live_norms() if norm.running_mean is not None]
-        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # ranks may have unlike numbers of batches
+        if any(isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d) for norm in norms):  # ranks may have unlike batches
             raise UserError(
                 "batch_norm is reestimated, which takes the statistics of all processes together already; "
-                "leave out sync_batchnorm"
+                "leave out sync_batchnorm, and give the network the norm batch, not sync_batch"
             )
         momenta = [norm.momentum for norm in norms]
         modes = {module: module.training for module in self.modules()}

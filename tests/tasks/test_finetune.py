@@ -321,9 +321,12 @@ def test_statistics_taken_anew_are_averages_over_the_train_split():
     torch.testing.assert_close(task.model.bn1.running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_statistics_are_not_taken_anew_by_norms_that_wait_for_other_processes():
+@pytest.mark.parametrize("norm", ["batch", "sync_batch"])
+def test_statistics_are_not_taken_anew_by_norms_that_wait_for_other_processes(norm):
     task = task_of("head, norms reestimated")
-    task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+    task.model = ResNet(10, 1, depth=8, width=8, norm=norm)
+    if norm == "batch":
+        task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
     with pytest.raises(UserError, match="leave out sync_batchnorm"):
         fit(task)
 
