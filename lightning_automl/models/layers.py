@@ -1,7 +1,7 @@
 """Layers and checks that several networks share."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -96,6 +96,28 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             running.mul_(1 - share).add_(value * share)
 
 
+class _Statistics(torch.autograd.Function):
+    """Mean and (biased) variance ``(channels,)`` of images, as ``torch.var_mean``, which is up to nine times slower.
+
+    (On a CPU and channels_last, forward and backward.) Nothing but the images is kept for the way back, and that is
+    made of what can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean = images.mean((0, 2, 3))
+        variance = (images - mean[:, None, None]).square_().mean((0, 2, 3))
+        ctx.save_for_backward(images, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> Tensor:
+        images, mean = ctx.saved_tensors
+        count = images.numel() // images.shape[1]
+        slope = of_variance * (2 / count)
+        return torch.addcmul((of_mean / count - slope * mean)[:, None, None], images, slope[:, None, None])
+
+
 def _joint_statistics(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (biased) variance ``(channels,)`` of all ranks' images, differentiable, and of how many values, ``()``.
 
@@ -107,9 +129,9 @@ def _joint_statistics(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     count = images.numel() // images.shape[1]
     if count:
-        own_variance, own_mean = torch.var_mean(images, (0, 2, 3), correction=0)
+        own_mean, own_variance = _Statistics.apply(images)
     else:  # a rank without images takes part all the same
-        own_variance = own_mean = images.sum((0, 2, 3))
+        own_mean = own_variance = images.sum((0, 2, 3))
     row = torch.cat([own_mean, own_variance, own_mean.new_full((1,), count)])
     rows = row.new_zeros(dist.get_world_size(), row.numel())
     rows[dist.get_rank()] = row
