@@ -90,6 +90,25 @@ def virtual_step(optimizer: Optimizer) -> VirtualStep:
     return step
 
 
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Give fused SGD its momentum buffers, zeros, before the first step; without dampening the steps are the same.
+
+    By itself (torch 2.14) it fails when some weights get their first gradient later than others, as sampled operations
+    do, and keeps uninitialised memory as momentum when a scaler for fp16 skips the first step.
+
+    Raises:
+        UserError: If fused SGD has dampening, with which the first step is another.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"]:
+            if group["dampening"]:
+                raise UserError("fused SGD with dampening fails on operations that are sampled; set fused to false")
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def unrolled_gradient(
     alphas: list[Tensor],
     weights: list[Tensor],

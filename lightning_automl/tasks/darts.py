@@ -25,6 +25,7 @@ from lightning_automl.models.genotype import Genotype
 from lightning_automl.models.supernet import Supernet
 from lightning_automl.rundir import UserError
 from lightning_automl.tasks.bilevel import (
+    begin_momentum,
     filled,
     mean_over_ranks,
     shares,
@@ -89,7 +90,7 @@ class DartsTask(ClassificationTask):
         model: Supernet,
         num_classes: int,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(
-            parameters, lr=0.025, momentum=0.9, weight_decay=3e-4, fused=True
+            parameters, lr=0.025, momentum=0.9, weight_decay=3e-4
         ),
         arch_optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(
             parameters, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
@@ -477,6 +478,7 @@ class DartsTask(ClassificationTask):
             )
         if self.unrolled:
             virtual_step(entry["optimizer"])  # does it fit?
+        begin_momentum(entry["optimizer"])
         try:
             alphas = self.arch_optimizer(self.model.alphas())
         except (TypeError, ValueError) as error:

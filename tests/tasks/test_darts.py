@@ -577,10 +577,19 @@ def test_fp16_with_its_scaler_trains_on_a_cpu():
     torch.testing.assert_close(found.alphas[-1], exact.alphas[-1], atol=0.1, rtol=0)
 
 
+def test_fused_momentum_begins_as_that_of_other_sgd():
+    fused, plain = (fit(make_task(optimizer=partial(SGD, fused=each))).weights for each in (True, False))
+    torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="fused SGD with dampening"):
+        fit(make_task(optimizer=partial(SGD, fused=True, dampening=0.1)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unrolled", [False, True])
-def test_gradients_that_overflow_skip_the_step(unrolled):
+def test_gradients_that_overflow_skip_the_step(unrolled, fused):
     plugin = NoAutocast(2.0**127)  # the first gradients are infinite
     loud = {"unrolled": unrolled, "loss": lambda logits, labels: 1000 * F.cross_entropy(logits, labels)}
+    loud["optimizer"] = partial(SGD, fused=fused)
     task = make_task(**loud)
     before = copy.deepcopy(task.model.state_dict())
     found = fit(task, Streams(batches=1), plugins=[plugin])
@@ -588,6 +597,7 @@ def test_gradients_that_overflow_skip_the_step(unrolled):
     assert plugin.scaler.get_scale() == 2.0**125  # halved at either step
     assert found.steps == [1]
     found = fit(make_task(**loud), Streams(batches=30), plugins=[NoAutocast(2.0**127)])
+    assert found.weights[-1].abs().max() < 10
     assert not torch.equal(found.alphas[-1], before["alpha"])
 
 
@@ -726,7 +736,8 @@ def test_the_relaxation_is_told_epoch_and_seed(tmp_path):
     assert loaded.model.relaxation.schedule == [(1, 2)]
 
 
-def test_operations_that_were_not_sampled_stay(monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_operations_that_were_not_sampled_stay(fused):
     """GDAS: one operation an edge runs, and no momentum or decay moves the others."""
     torch.manual_seed(0)
     options = {"relaxation": GumbelSoftmax(), "operations": ("sep_conv_3x3", "dil_conv_3x3")}
@@ -739,7 +750,7 @@ def test_operations_that_were_not_sampled_stay(monkeypatch):
             super().weight_step(train)
             moved.append([not torch.equal(*pair) for pair in zip(before, self.model.weights(), strict=True)])
 
-    fit(make_task(space, cls=Sampled), limit_val_batches=0)
+    fit(make_task(space, cls=Sampled, optimizer=partial(SGD, fused=fused)), limit_val_batches=0)
     names = [name for name, weight in space.named_parameters() if weight.requires_grad and "architecture" not in name]
     for step in moved:
         inside = [moves for name, moves in zip(names, step, strict=True) if "_conv_3x3" in name]
