@@ -218,12 +218,15 @@ def test_gumbel_chooses_each_operation_as_often_as_the_softmax_says():
 
 
 def test_gumbel_draws_are_a_function_of_the_seed_alone():
+    assert_draws_are_a_function_of_the_seed_alone(GumbelSoftmax())
+
+
+def assert_draws_are_a_function_of_the_seed_alone(relaxation):
     values = {"alpha": torch.zeros(SHAPE)}
-    relaxation = GumbelSoftmax()
 
     def draws(seed):
         relaxation.draw(seed)
-        return [relaxation.mixture(values, EDGES).chosen for _ in range(2)]
+        return [relaxation.mixture(values, EDGES).operations.tolist() for _ in range(2)]
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -233,6 +236,15 @@ def test_gumbel_draws_are_a_function_of_the_seed_alone():
     assert draws(11) == first
     assert draws(12) != first
     assert first[0] != first[1]
+
+
+def test_without_a_seed_of_their_own_gumbel_draws_are_torchs():
+    values = {"alpha": torch.zeros(SHAPE)}
+    chosen = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        chosen.append(GumbelSoftmax().mixture(values, EDGES).chosen)
+    assert chosen[0] == chosen[1] != chosen[2]
 
 
 def test_gumbel_draws_are_the_same_in_single_and_double_precision():
@@ -348,7 +360,11 @@ class Dirichlets(Relaxation):
 
     def mixture(self, parameters, edges):
         distribution = Dirichlet(self.concentration(parameters))
-        return Mixture(distribution.rsample() if self.training else distribution.mean)
+        if not self.training:
+            return Mixture(distribution.mean)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.next_seed())
+            return Mixture(distribution.rsample())
 
     def penalty(self, parameters):
         concentration = self.concentration(parameters)
@@ -410,6 +426,7 @@ def test_dirichlet_weights_are_distributions_and_start_nearly_uniform():
     torch.testing.assert_close(
         space.eval().mixtures()["normal"].operations, torch.full((5, 7), 1 / 7), rtol=0.02, atol=0
     )
+    assert_draws_are_a_function_of_the_seed_alone(Dirichlets())
     with pytest.raises(UserError, match="'none'"):
         small(Dirichlets())
 

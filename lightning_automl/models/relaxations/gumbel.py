@@ -40,17 +40,10 @@ class GumbelSoftmax(Relaxation):
         self.tau = tau
         self.tau_end = tau_end
         self.register_buffer("temperature", torch.tensor(float(tau)))
-        self._seed: int | None = None
-        self._drawn = 0
 
     def at(self, epoch: int, epochs: int) -> None:
         """Let the temperature go linearly from ``tau`` in epoch 0 to ``tau_end`` in the last one."""
         self.temperature.fill_(self.tau + (self.tau_end - self.tau) * share(epoch, epochs - 1))
-
-    def draw(self, seed: int) -> None:
-        """Make the noise of the next forward passes a function of ``seed``."""
-        self._seed = seed
-        self._drawn = 0
 
     def mixture(self, parameters: Mapping[str, Tensor], edges: Edges) -> Mixture:
         """One-hot weights ``(E, O)`` with the gradient of the soft sample."""
@@ -66,9 +59,6 @@ class GumbelSoftmax(Relaxation):
 
     def _noise(self, alpha: Tensor) -> Tensor:
         """Gumbel noise, drawn on the CPU in float64, so that it is the same on every device and in every precision."""
-        generator = None
-        if self._seed is not None:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self._drawn) % 2**63)
-            self._drawn += 1
+        generator = torch.Generator().manual_seed(self.next_seed())
         exponential = torch.empty(alpha.shape, dtype=torch.float64).exponential_(generator=generator)
         return -exponential.clamp_min(1e-300).log().to(alpha.dtype).to(alpha.device)

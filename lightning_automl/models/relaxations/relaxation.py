@@ -41,6 +41,8 @@ class Relaxation(nn.Module, ABC):
 
     partial: int = 1
     auxiliary_skip: bool = False
+    _seed: int | None = None
+    _drawn: int = 0
 
     def initial(self, edges: Edges, operations: Sequence[str]) -> dict[str, Tensor]:
         """Values with which the architecture parameters of one kind of cell start.
@@ -88,6 +90,18 @@ class Relaxation(nn.Module, ABC):
 
     def draw(self, seed: int) -> None:
         """Make the noise of the next forward passes a function of ``seed``; all ranks give the same one."""
+        self._seed = seed
+        self._drawn = 0
+
+    def next_seed(self) -> int:
+        """A seed for noise, which is another at each call: of what ``draw`` was given, else of torch's own state.
+
+        A relaxation that samples seeds with it, so that all ranks and a resumed run draw the same.
+        """
+        if self._seed is None:
+            return int(torch.randint(2**62, ()))
+        self._drawn += 1
+        return (self._seed * 1_000_003 + self._drawn) % 2**63
 
 
 def share(epoch: int, last: int) -> float:
