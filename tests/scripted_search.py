@@ -2,6 +2,7 @@
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from lightning_automl.data import DigitsDataModule
@@ -73,7 +74,7 @@ def search(task, callbacks=(), ckpt_path=None, data=None, **settings):
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),

@@ -98,7 +98,7 @@ class GenotypeWriter(Checkpoint):
                 row["cost"] = {
                     "expected": float(cost.expected(task.model)),
                     "genotype": float(cost.of_genotype(task.model, genotype)),
-                    "unit": str(getattr(cost, "unit", cost.of)),
+                    "unit": str(cost.unit),
                 }
         for guard in _guards(trainer):
             if isinstance(guard, EigenvalueStop):
