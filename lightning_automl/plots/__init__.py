@@ -1,6 +1,7 @@
 """Figures: data in, matplotlib figure out."""
 
 from lightning_automl.plots.adapter_outputs import adapter_outputs
+from lightning_automl.plots.architecture import Curve, edge_strengths, genotype_values, over_epochs
 from lightning_automl.plots.calibration import reliability_diagram
 from lightning_automl.plots.classes import class_counts, class_recall
 from lightning_automl.plots.confusion import confusion_matrix
@@ -25,6 +26,7 @@ from lightning_automl.plots.population import Segment, population_history, value
 from lightning_automl.plots.slices import value_slice
 
 __all__ = [
+    "Curve",
     "Dimension",
     "ImageRow",
     "KeptOperation",
@@ -37,12 +39,15 @@ __all__ = [
     "class_recall",
     "confusion_matrix",
     "density_history",
+    "edge_strengths",
     "genotype_figure",
+    "genotype_values",
     "intermediate_values",
     "learning_curves",
     "operation_kind",
     "operations_kept",
     "optimisation_history",
+    "over_epochs",
     "paired_differences",
     "parallel_coordinates",
     "parameter_importances",

@@ -71,6 +71,10 @@ class Cells:
         """The operations of a kind of cell, edge by edge."""
         return [name for edges in self.nodes(kind) for name, _ in edges]
 
+    def same_as(self, other: "Cells", kind: str) -> bool:
+        """Whether a kind of cell is the same in both, whatever the order of the edges of a node."""
+        return [set(edges) for edges in self.nodes(kind)] == [set(edges) for edges in other.nodes(kind)]
+
     def chosen(self, kind: str, source: int, target: int) -> str | None:
         """The operation on an edge, or None where there is none."""
         place = target - self.inputs
@@ -219,7 +223,7 @@ class ArchitectureRecord:
             return None
         first = newest.epoch
         for each in reversed(self.epochs):
-            if each.cells != newest.cells:
+            if each.cells is None or not all(each.cells.same_as(newest.cells, kind) for kind in KINDS):
                 break
             first = each.epoch
         return first

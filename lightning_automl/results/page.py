@@ -24,9 +24,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Figures as SVG, side by side where there is room."""
+    """Figures as SVG, side by side where there is room, with captions where these are given."""
 
     svgs: Sequence[str]
+    captions: Sequence[str] = ()
     kind: str = field(default="pictures", init=False)
 
 

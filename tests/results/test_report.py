@@ -74,7 +74,9 @@ def test_the_page_has_every_section_and_needs_nothing_beside_itself(digits):
         "Versions",
         "Commands",
     ]
-    assert len(page.sections) == len(SECTIONS) - 3  # neither a policy, an adapter nor a compressed export
+    assert (
+        len(page.sections) == len(SECTIONS) - 6
+    )  # no policy, adapter or compressed export; neither a genotype nor a search for one (two)
     assert page.references
     assert all(reference.startswith(("data:image/", "#")) for reference in page.references)
     assert not re.search(r"@import|url\((?!#)", (digits / "report.html").read_text())

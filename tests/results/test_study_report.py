@@ -284,7 +284,7 @@ def test_the_page_has_every_section_and_needs_nothing_beside_itself(study):
         "Versions",
         "Commands",
     ]
-    assert len(page.sections) == len(SECTIONS) - 2  # neither two objectives nor a population
+    assert len(page.sections) == len(SECTIONS) - 3  # neither two objectives, a population nor random genotypes
     assert all(reference.startswith(("data:image/", "#")) for reference in page.references)
     after = {path: path.read_bytes() for path in directory.rglob("*")}
     assert after.pop(directory / "report.html")

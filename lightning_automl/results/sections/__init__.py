@@ -5,6 +5,7 @@ from collections.abc import Callable
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.page import Section
 from lightning_automl.results.sections.adapters import adapters
+from lightning_automl.results.sections.architecture import architecture, architecture_search, search_progress
 from lightning_automl.results.sections.compression import compression
 from lightning_automl.results.sections.data import data
 from lightning_automl.results.sections.images import least_sure, most_wrong
@@ -19,6 +20,8 @@ __all__ = ["SECTIONS", "verdict"]
 #: In the order of the page.
 SECTIONS: list[Callable[[Evidence], Section | None]] = [
     cautions,
+    architecture_search,
+    search_progress,
     scores,
     confusion,
     recall,
@@ -27,6 +30,7 @@ SECTIONS: list[Callable[[Evidence], Section | None]] = [
     least_sure,
     data,
     augmentation,
+    architecture,
     curves,
     adapters,
     configuration,

@@ -1,10 +1,11 @@
 """Sections about how a run was trained: curves, settings, cost."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lightning_automl.results.configuration import differing_settings
+from lightning_automl.results.configuration import Setting, differing_settings
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.page import Section, Table, Text, pictures
 from lightning_automl.results.sections.wording import duration, hardware_text, value_text
@@ -29,9 +30,14 @@ def curves(evidence: Evidence) -> Section | None:
 def configuration(evidence: Evidence) -> Section:
     """What was set otherwise than by default."""
     rows = [
-        [each.key, value_text(each.value), value_text(each.default)] for each in differing_settings(evidence.run.config)
+        [each.key, "drawn above" if _is_genotype(each) else value_text(each.value), value_text(each.default)]
+        for each in differing_settings(evidence.run.config)
     ]
     return Section("Configuration that differs from the defaults", [Table(["key", "value", "default"], rows)])
+
+
+def _is_genotype(setting: Setting) -> bool:
+    return isinstance(setting.value, Mapping) and setting.key.endswith(".genotype")
 
 
 def cost(evidence: Evidence) -> Section | None:

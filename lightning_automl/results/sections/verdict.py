@@ -4,14 +4,21 @@ import numpy as np
 
 from lightning_automl.results.evidence import Evidence, split_name
 from lightning_automl.results.page import Notes, Section
+from lightning_automl.results.sections.architecture import search_verdict
 from lightning_automl.results.sections.scoring import FEW, exact, recall_counts, score_of, times_opened, units_of
 from lightning_automl.results.sections.training import epochs_done
 from lightning_automl.results.sections.wording import interval_text, percent, some
 
 
-def verdict(evidence: Evidence) -> tuple[str, str]:
-    """What a reader has to know, in two sentences."""
-    return _state(evidence), _weakness(evidence)
+def verdict(evidence: Evidence) -> list[str]:
+    """What a reader has to know, in two sentences; of an architecture search first what it has found."""
+    found = search_verdict(evidence)
+    if not found:
+        return [_state(evidence), _weakness(evidence)]
+    if evidence.judged is None:
+        return [*found, _state(evidence), _weakness(evidence)]
+    state = _state(evidence)
+    return [*found, f"The network of the search, which holds all operations: {state[0].lower()}{state[1:]}"]
 
 
 def _state(evidence: Evidence) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from lightning_automl.results.page import Section
+from lightning_automl.results.sections.study.architectures import architectures
 from lightning_automl.results.sections.study.front import front
 from lightning_automl.results.sections.study.population import population
 from lightning_automl.results.sections.study.progress import cost, history, intermediate
@@ -28,6 +29,7 @@ __all__ = [
 #: In the order of the page.
 SECTIONS: list[Callable[[StudyRecord], Section | None]] = [
     cautions,
+    architectures,
     retrained,
     best_trials,
     front,

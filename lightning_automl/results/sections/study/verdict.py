@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_automl.results.control import Control
 from lightning_automl.results.page import Notes, Section
+from lightning_automl.results.sections.study.architectures import control_verdict
 from lightning_automl.results.sections.wording import counted, duration, joined, metric, number
 from lightning_automl.results.study import ParameterRecord, StudyRecord, TrialRecord
 
@@ -35,6 +37,9 @@ _EXACT = ("parameters", "flops")
 
 def verdict(record: StudyRecord) -> list[str]:
     """What a reader has to know, in one to four sentences."""
+    control = Control.of(record)
+    if control is not None:  # the best one of all runs is not what such a study is for
+        return [each for each in (_state(record), *control_verdict(control), _tested(record)) if each]
     best = _front(record) if record.several else _best(record)
     return [each for each in (_state(record), best, _gain(record), _tested(record)) if each]
 
@@ -183,7 +188,7 @@ def cautions(record: StudyRecord) -> Section:
             "The interval of the test metric tells how much seeds differ, not how another test split would. Choosing "
             "again by what the test split says would use it up."
         )
-    if record.usable and record.unchanged is None and not record.population:
+    if record.usable and record.unchanged is None and not record.population and Control.of(record) is None:
         notes.append("The unchanged run was not tried, so that it is not known whether the search gained anything.")
     spread = f"of {folds} folds" if folds else "of one seed"
     notes.append(f"Each value is {spread}: trials that differ by less than another seed would change are equally good.")
