@@ -24,7 +24,7 @@ EPOCHS = 120
 _WIDTH, _PANEL, _ROW = 4.5, 1.1, 0.34  # inches: of a figure, the height of a panel and of a row of a strip plot
 _SHORT = 20  # characters; longer labels leave room for two beside each other
 #: Operations of one kind have one colour, and are told apart by these.
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.3)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.3)), (0, (1.2, 1)), (0, (5, 1, 1, 1)), (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _FOUND: dict[str, Any] = {"marker": "D", "color": COLOURS["val"], "markeredgecolor": "black"}
 _RANDOM: dict[str, Any] = {"marker": "o", "color": COLOURS["train"], "markeredgecolor": "black"}
 
@@ -244,7 +244,7 @@ def genotype_values(
     axes.set_yticks(range(len(names)), labels=[shorten(name) for name in names], fontsize=9, parse_math=False)
     for label, is_found in zip(axes.get_yticklabels(), found, strict=True):
         label.set_fontweight("bold" if is_found else "normal")
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     _value_axis(axes, f"{metric} ({'more' if maximize else 'less'} is better)")
