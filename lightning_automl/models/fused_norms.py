@@ -1,0 +1,124 @@
+"""Norms of several edges side by side, for :mod:`~lightning_automl.models.fused_cell`.
+
+Letters: ``N`` images, ``C`` channels, ``E`` edges.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_automl.models.layers import SyncBatchNorm2d
+
+#: A norm's channels, given zeros at once for so many: fewer calls than one for each norm.
+_BLOCK = 4096
+
+
+class Norms:
+    """Applies the norms of one cell, and at the end moves their running statistics all at once."""
+
+    def __init__(self) -> None:
+        self._running: dict[float, list[Tensor]] = defaultdict(list)  # by momentum
+        self._found: dict[float, list[Tensor]] = defaultdict(list)
+        self._counts: list[Tensor] = []
+        self._zeros: Tensor | None = None
+
+    def apply(self, features: Tensor, norms: Sequence[Any], scale: Tensor | None = None) -> Tensor:
+        """Normalise by ``E`` norms side by side, then multiply by ``scale``.
+
+        Args:
+            features: ``(N, E * C, height, width)``; ``(N, C, height, width)`` if all norms are :func:`equal`.
+            norms: ``E`` norms of ``C`` channels.
+            scale: One number a channel of the features, passed on as the norm's weight: so it costs no pass of its own
+                forward, and backward its gradient comes with the others.
+        """
+        first = norms[0]
+        if all(type(norm) is nn.Identity for norm in norms):
+            return features if scale is None else features * scale[:, None, None]
+        if all(_is_batch_norm(norm) and _settings(norm) == _settings(first) for norm in norms):
+            return self._batch_norm(features, norms, *_affine(norms, scale))
+        if all(type(norm) is nn.GroupNorm and _settings(norm) == _settings(first) for norm in norms):
+            groups = first.num_groups * (features.shape[1] // first.num_channels)
+            return F.group_norm(features, groups, *_affine(norms, scale), first.eps)
+        parts = [norm(part) for norm, part in zip(norms, features.chunk(len(norms), 1), strict=True)]
+        out = torch.cat(parts, 1)
+        return out if scale is None else out * scale[:, None, None]
+
+    def _batch_norm(self, features: Tensor, norms: Sequence[Any], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        first = norms[0]
+        mean = variance = None
+        if first.running_mean is not None and not first.training:
+            mean = torch.cat([norm.running_mean for norm in norms])
+            variance = torch.cat([norm.running_var for norm in norms])
+            return F.batch_norm(features, mean, variance, weight, bias, False, 0.0, first.eps)
+        if first.running_mean is not None and first.track_running_stats:
+            mean, variance = self._zero_statistics(features.shape[1], first.running_mean)
+            times = len(norms) * first.num_features // features.shape[1]  # E if one stands for all
+            for norm, own_mean, own_variance in zip(
+                norms,
+                torch.split(mean, first.num_features) * times,
+                torch.split(variance, first.num_features) * times,
+                strict=True,
+            ):
+                self._running[first.momentum] += [norm.running_mean, norm.running_var]
+                self._found[first.momentum] += [own_mean, own_variance]
+                self._counts.append(norm.num_batches_tracked)
+        # Running statistics that start at 0 and move by all of the way become those of the batch.
+        return F.batch_norm(features, mean, variance, weight, bias, True, 1.0, first.eps)
+
+    def _zero_statistics(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._zeros is None or self._zeros.shape[1] < channels:
+            self._zeros = torch.zeros(2, max(channels, _BLOCK), dtype=like.dtype, device=like.device)
+        mean, variance = self._zeros[:, :channels]
+        self._zeros = self._zeros[:, channels:]
+        return mean, variance
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Move the running statistics of all batch norms that were applied, as each would have done itself."""
+        for momentum, running in self._running.items():
+            torch._foreach_lerp_(running, self._found[momentum], momentum)
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)
+
+
+def equal(norms: Sequence[Any]) -> bool:
+    """Whether norms without parameters give the same on the same features."""
+    first = norms[0]
+    known = all(_is_batch_norm(norm) or type(norm) in (nn.GroupNorm, nn.Identity) for norm in norms)
+    return known and all(
+        _settings(norm) == _settings(first)
+        and getattr(norm, "weight", None) is None
+        and (norm.training or getattr(norm, "running_mean", None) is None)
+        for norm in norms
+    )
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    """Whether ``F.batch_norm`` is what it does: no subclass, no statistics of other ranks."""
+    if type(norm) is SyncBatchNorm2d:
+        return not (norm.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return type(norm) is nn.BatchNorm2d and norm.momentum is not None
+
+
+_SETTINGS = (
+    *("eps", "momentum", "training", "track_running_stats", "num_features", "num_groups", "num_channels"),
+    "affine",
+)
+
+
+def _settings(norm: nn.Module) -> tuple[Any, ...]:
+    return (type(norm), *(getattr(norm, name, None) for name in _SETTINGS))
+
+
+def _affine(norms: Sequence[Any], scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of norms side by side, both times the scale."""
+    if norms[0].weight is None:
+        return scale, None
+    weight = torch.cat([norm.weight for norm in norms])
+    bias = torch.cat([norm.bias for norm in norms])
+    return (weight, bias) if scale is None else (weight * scale, bias * scale)
