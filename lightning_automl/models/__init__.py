@@ -8,6 +8,7 @@ from lightning_automl.models.genotype import Genotype, load_genotype
 from lightning_automl.models.genotype_network import GenotypeNetwork
 from lightning_automl.models.nasbench201 import NasBench201Network
 from lightning_automl.models.nasbench201_space import NasBench201Space
+from lightning_automl.models.operation_costs import measure_latencies, save_latencies
 from lightning_automl.models.pretrained import Backbone
 from lightning_automl.models.resnet import ResNet
 from lightning_automl.models.scaling import EfficientNet, Scaling, compound_scaling, round_channels, round_repeats
@@ -33,8 +34,10 @@ __all__ = [
     "flop_count",
     "load_genotype",
     "load_weights",
+    "measure_latencies",
     "parameter_count",
     "round_channels",
     "round_repeats",
+    "save_latencies",
     "without_loading",
 ]

@@ -300,7 +300,7 @@ class ArchitectureCost(nn.Module):
             kind: CellChoices(
                 model.edges[kind],
                 self._costs(kind).tolist(),
-                strengths[kind].detach().to("cpu", torch.float64).tolist(),
+                strengths[kind].detach().cpu().double().tolist(),
                 getattr(self, f"{kind}_allowed").tolist(),
                 dict(zip(sorted(set(model.edges[kind].targets)), getattr(self, f"{kind}_kept").tolist(), strict=True)),
                 skip,
@@ -319,8 +319,8 @@ class ArchitectureCost(nn.Module):
         if smallest / _PER_UNIT[self.of] > self.limit:
             raise UserError(
                 f"limit is {self._words(self.limit)}, but the cheapest architecture of this space costs "
-                f"{self._words(smallest / _PER_UNIT[self.of])}, {self._words(rest / _PER_UNIT[self.of])} of which are "
-                "not its operations; raise the limit, or give the space fewer channels or cells"
+                f"{self._words(smallest / _PER_UNIT[self.of])} ({self._words(rest / _PER_UNIT[self.of])} without what "
+                "is on its edges); raise the limit, or give the space fewer channels or cells"
             )
 
     def _words(self, value: float) -> str:

@@ -68,7 +68,7 @@ def strongest_within(cells: Mapping[str, CellChoices], budget: int | None, most:
     """
     front = [Choice(0, 0.0)]
     for kind, cell in cells.items():
-        front = _best(_with_cell(front, kind, cell, budget, most), budget, most)
+        front = undominated(_with_cell(front, kind, cell, budget, most), budget, most)
     return front[-1] if front else None
 
 
@@ -76,7 +76,7 @@ def cheapest(cells: Mapping[str, CellChoices]) -> Choice | None:
     """The choice of the least cost, or None when limits on skip connections leave none."""
     front = [Choice(0, 0.0)]
     for kind, cell in cells.items():
-        front = _best(_with_cell(front, kind, cell, None, 1), None, 1)
+        front = undominated(_with_cell(front, kind, cell, None, 1), None, 1)
     return front[0] if front else None
 
 
@@ -115,11 +115,17 @@ def _with_edge(
                 Choice(before.cost + cost, before.strength + strength, (kind, edge, operation, before.chosen))
                 for before in choices
             )
-    return {state: _best(choices, budget, most) for state, choices in grown.items()}
+    return {state: undominated(choices, budget, most) for state, choices in grown.items()}
 
 
-def _best(choices: list[Choice], budget: int | None, most: int) -> list[Choice]:
-    """Those than which none is both as cheap and as strong, cheapest and weakest first."""
+def undominated(choices: list[Choice], budget: int | None, most: int) -> list[Choice]:
+    """Those than which none is both as cheap and as strong, the cheapest and weakest first.
+
+    Args:
+        choices: Partial choices, in any order.
+        budget: Those that cost more are left out; None: none are.
+        most: Of more than these one of each bin of costs stays, the strongest; and the cheapest of all.
+    """
     front: list[Choice] = []
     for choice in sorted(choices, key=lambda each: (each.cost, -each.strength)):
         if budget is not None and choice.cost > budget:

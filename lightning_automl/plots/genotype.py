@@ -121,7 +121,7 @@ def genotype_figure(genotype: Cells) -> "Figure":
     top = height - _MARGIN
     for cell in cells:
         style: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "va": "top", "color": "black"}
-        axes.text(_MARGIN, top, cell.title, gid=cell.title.replace(" ", "-"), **style)
+        axes.text(_MARGIN, top, cell.title, **style)
         top -= _TITLE
         cell.draw(axes, top, cell.stretch(width))
         top -= cell.height + _APART
@@ -339,7 +339,7 @@ def _box(axes: "Axes", place: tuple[float, float], name: str, kind: Kind, identi
     corner = (place[0] - width / 2, place[1] - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=box, **style))
     text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _FONT, "color": "black", "parse_math": False}
-    axes.text(*place, "\n".join(_wrapped(name)), linespacing=1.05, zorder=5, gid=identity, **text)
+    axes.text(*place, "\n".join(_wrapped(name)), linespacing=1.05, zorder=5, label=identity, **text)
 
 
 def _line(axes: "Axes", points: Sequence[tuple[float, float]], kind: Kind, identity: str) -> None:
@@ -352,7 +352,7 @@ def _line(axes: "Axes", points: Sequence[tuple[float, float]], kind: Kind, ident
     vertices = [(x0, y0), (first, y0), (first, y1), (x1, y1), (x2, y1), (second, y1), (second, y3), (x3, y3)]
     codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3]
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": kind.colour, "linewidth": 1.7, "linestyle": kind.dashes}
-    axes.add_patch(PathPatch(Path(vertices, codes), zorder=2, capstyle="butt", gid=identity, **style))
+    axes.add_patch(PathPatch(Path(vertices, codes), zorder=2, capstyle="butt", label=identity, **style))
 
 
 def _legend(figure: "Figure", kinds: Sequence[str], columns: int) -> None:

@@ -428,9 +428,9 @@ def test_a_limit_of_skip_connections_holds_within_the_limit_of_cost(most):
 @pytest.mark.parametrize(
     ("of", "words"),
     [
-        ("flops", r"limit is 1 thousand operations, but the cheapest .* costs \d[\d.]* thousand operations, \d"),
-        ("parameters", r"limit is 1 parameters, but the cheapest .* costs \d[\d.]* thousand parameters, \d"),
-        ("latency", r"limit is 1e-06 milliseconds, but the cheapest .* costs \d[\d.]* milliseconds, \d"),
+        ("flops", r"limit is 1 thousand operations, but the cheapest .* costs \d[\d.]* thousand operations \(\d"),
+        ("parameters", r"limit is 1 parameters, but the cheapest .* costs \d[\d.]* thousand parameters \(\d"),
+        ("latency", r"limit is 1e-06 milliseconds, but the cheapest .* costs \d[\d.]* milliseconds \(\d"),
     ],
 )
 def test_a_limit_that_cannot_be_kept_is_refused_before_the_search(of, words):

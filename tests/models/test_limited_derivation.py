@@ -4,7 +4,7 @@ import random
 import pytest
 
 from lightning_automl.models.derivation import cell_edges
-from lightning_automl.models.limited_derivation import CellChoices, cheapest, strongest_within
+from lightning_automl.models.limited_derivation import CellChoices, Choice, cheapest, strongest_within, undominated
 
 
 def drawn(seed, inputs, nodes, operations, edges_per_node, max_skips=None):
@@ -104,3 +104,22 @@ def test_nothing_is_left_when_skips_are_all_there_is_and_none_are_allowed():
     cell = drawn(0, 2, 1, 2, 2, 0)  # of the two operations the first may not be chosen
     assert cheapest({"normal": cell}) is None
     assert strongest_within({"normal": cell}, None) is None
+
+
+def test_of_partial_choices_those_stay_than_which_none_is_as_cheap_and_as_strong():
+    pairs = [(5, 1.0), (3, 2.0), (7, 3.0), (7, 2.5), (9, 2.9), (10, 4.0)]
+    choices = [Choice(cost, strength) for cost, strength in pairs]
+    assert [choice[:2] for choice in undominated(choices, None, 10)] == [(3, 2.0), (7, 3.0), (10, 4.0)]
+    assert [choice[:2] for choice in undominated(choices, 9, 10)] == [(3, 2.0), (7, 3.0)]
+    assert undominated(choices, 2, 10) == []
+
+
+def test_thinned_choices_are_few_and_have_the_cheapest_and_the_strongest():
+    choices = [Choice(cost, float(cost)) for cost in [0, 1, 2, *range(50, 100), 1000]]
+    for most in (2, 3, 9):
+        costs = [choice.cost for choice in undominated(choices, None, most)]
+        assert costs == sorted(costs)
+        assert costs[0] == 0
+        assert costs[-1] == 1000
+        assert len(costs) <= most + 1
+    assert len(undominated(choices, None, len(choices))) == len(choices)

@@ -137,11 +137,13 @@ def test_labels_lie_on_nothing_and_nothing_is_cut_off(genotype):
 @each_case
 def test_lines_run_beside_labels_and_nodes_that_are_not_their_own(genotype):
     texts, frames, lines = parts(genotype_figure(genotype))
-    labels = {text.get_gid().removeprefix("label-"): box for text, box in texts if text.get_gid()}
+    labels = {
+        text.get_label().removeprefix("label-"): box for text, box in texts if text.get_label().startswith("label-")
+    }
     circles = [box for frame, box in frames if isinstance(frame, Circle)]
     assert lines
     for line in lines:
-        points, name = drawn_points(line), line.get_gid().removeprefix("line-")
+        points, name = drawn_points(line), line.get_label().removeprefix("line-")
         for other, box in labels.items():
             assert other == name or not through(box, points), f"{name} runs through {other}"
         assert through(labels[name], points)
@@ -168,19 +170,19 @@ def test_every_operation_stands_on_a_line_of_its_colour_from_its_source_to_its_n
                 np.array([frame.x1, (frame.y0 + frame.y1) / 2]),
                 np.array([(frame.x0 + frame.x1) / 2, (frame.y0 + frame.y1) / 2]),
             )
-    assert sorted(line.get_gid() for line in lines) == sorted(f"line-{name}" for name in wanted)
-    labels = [text for text, _ in texts if (text.get_gid() or "").startswith("label-")]
-    assert sorted(text.get_gid() for text in labels) == sorted(f"label-{name}" for name in wanted)
+    assert sorted(line.get_label() for line in lines) == sorted(f"line-{name}" for name in wanted)
+    labels = [text for text, _ in texts if text.get_label().startswith("label-")]
+    assert sorted(text.get_label() for text in labels) == sorted(f"label-{name}" for name in wanted)
     for line in lines:
-        kind = operation_kind(line.get_gid().split("-")[-1])
+        kind = operation_kind(line.get_label().split("-")[-1])
         assert to_rgb(line.get_edgecolor()) == to_rgb(KINDS[kind].colour)
         points = drawn_points(line)
         assert (np.diff(points[:, 0]) > -0.01).all()  # left to right
-        *title, source, target = line.get_gid().split("-")[1:-1]
+        *title, source, target = line.get_label().split("-")[1:-1]
         assert np.hypot(*(points[0] - ends[(*title, source)][0])) < 1
         assert np.hypot(*(points[-1] - ends[(*title, target)][1])) < 1
     for text in labels:
-        name = text.get_gid().split("-")[-1]
+        name = text.get_label().split("-")[-1]
         if len(name) < 24:
             assert text.get_text().replace("\n", "_") == name or text.get_text().replace("\n", "") == name
     entries = [text.get_text() for text in figure.legends[0].texts]
@@ -283,3 +285,9 @@ def test_a_name_in_signs_of_another_script_is_drawn_without_a_warning(tmp_path):
     svg = (tmp_path / "genotype.svg").read_text()
     assert ">卷积<" in svg
     assert ">$x$<" in svg
+
+
+def test_two_drawings_can_stand_on_one_page():
+    """Nothing in them has a name of its own, so that no name is there twice."""
+    figure = genotype_figure(darts_v2())
+    assert not [part for part in figure.findobj() if part.get_gid()]
