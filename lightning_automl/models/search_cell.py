@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from functools import reduce
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_automl.models.derivation import Edges
+from lightning_automl.models.fused_cell import fused_mix
 from lightning_automl.models.genotype_network import build_operation
 from lightning_automl.models.ops import FactorizedReduce, MakeNorm, ReluConvNorm
 from lightning_automl.models.relaxations import Mixture, Relaxation
@@ -105,7 +106,7 @@ class SearchCell(nn.Module):
         norm: Makes a norm of so many channels.
         reduction: Whether edges from the inputs halve the image.
         halve: Whether the cell before was a reduction, so that the first input is twice as large as the second.
-        fused: Compute all edges together, see :func:`~lightning_automl.models.fused_cell.fused_cell`.
+        fused: Compute all edges together, see :func:`~lightning_automl.models.fused_cell.fused_mix`.
     """
 
     def __init__(
@@ -145,12 +146,14 @@ class SearchCell(nn.Module):
     def forward(self, state0: Tensor, state1: Tensor, mixture: Mixture) -> Tensor:
         """Map the outputs of the two cells before to ``(batch, nodes * channels, height, width)``."""
         state0, state1 = self.preprocess0(state0), self.preprocess1(state1)
-        if self.fused and mixture.chosen is None and find_spec("lightning_automl.models.fused_cell"):
-            from lightning_automl.models.fused_cell import fused_cell
-
-            return fused_cell(self, state0, state1, mixture)
-        states = mix([state0, state1], self.edges, self.wiring, mixture)
+        states = cell_nodes(self, [state0, state1], mixture)
         return torch.cat(states[self.wiring.inputs :], 1)
+
+
+def cell_nodes(cell: Any, states: Sequence[Tensor], mixture: Mixture) -> list[Tensor]:
+    """All nodes of a cell, the inputs first: computed fast if the cell is ``fused`` and not one operation is chosen."""
+    nodes = fused_mix if cell.fused and mixture.chosen is None else mix
+    return nodes(states, cell.edges, cell.wiring, mixture)
 
 
 def mix(states: Sequence[Tensor], edges: nn.ModuleList, wiring: Edges, mixture: Mixture) -> list[Tensor]:

@@ -237,24 +237,24 @@ def choose(space, genotype, alpha=1e4):
             row[names.index(chosen.get(edge, "none"))] = alpha
 
 
-def darts_space(norm, seed):
-    space = small(nodes=4, cells=5, operations=tuple(OPS), norm=norm).double()
+def darts_space(norm, seed, fused=False):
+    space = small(nodes=4, cells=5, operations=tuple(OPS), norm=norm, fused=fused).double()
     genotype = random_genotype(space.genotype(), seed)
     return space, genotype, space.network(genotype, affine=False, pool_norm=True).double()
 
 
-def nasbench201_space(norm, seed):
-    space = NasBench201Space(3, 1, channels=4, cells_per_stage=2, norm=norm).double()
+def nasbench201_space(norm, seed, fused=False):
+    space = NasBench201Space(3, 1, channels=4, cells_per_stage=2, norm=norm, fused=fused).double()
     genotype = random_genotype(space.genotype(), seed)
     return space, genotype, space.network(genotype, affine=False).double()
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("build", [darts_space, nasbench201_space])
-def test_the_space_with_one_hot_alphas_is_the_network_of_that_genotype(build, norm, seed):
-    torch.manual_seed(seed)
-    space, genotype, network = build(norm, seed)
+def test_the_space_with_one_hot_alphas_is_the_network_of_that_genotype(build, norm, fused):
+    torch.manual_seed(fused)
+    space, genotype, network = build(norm, int(fused), fused)
     choose(space, genotype)
     # operations that are not chosen run as well, but what they give is multiplied by zero
     images = torch.rand(6, 1, 11, 11, dtype=torch.float64)
