@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
 
+from lightning_automl.models.genotype import PUBLISHED
 from lightning_automl.plots import genotype_figure, operation_kind, write_genotype
 from lightning_automl.plots.genotype import KINDS
 
@@ -64,7 +65,7 @@ def chain(nodes):
 
 
 CASES = {
-    "darts_v2": darts_v2(),
+    **PUBLISHED,
     **{f"{nodes} nodes, seed {seed}": random_cells(nodes, seed) for nodes in range(2, 6) for seed in range(4)},
     **{f"nasbench201, seed {seed}": nasbench201(seed) for seed in range(4)},
     **{f"chain of {nodes}": chain(nodes) for nodes in (1, 5, 7)},
@@ -249,9 +250,10 @@ def test_the_kind_of_an_operation_follows_from_its_name(name, kind):
     assert operation_kind(name) == kind
 
 
-def test_a_narrow_screen_shows_the_published_cell_with_letters_of_nine_pixels():
-    width = genotype_figure(darts_v2()).get_size_inches()[0]
-    assert 8.5 / 72 * 420 / width > 9
+@pytest.mark.parametrize("genotype", PUBLISHED.values(), ids=PUBLISHED)
+def test_a_narrow_screen_shows_published_cells_in_letters_that_can_be_read(genotype):
+    width = genotype_figure(genotype).get_size_inches()[0]
+    assert 8.5 / 72 * 420 / width > 7  # pixels of a line
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
