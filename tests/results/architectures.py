@@ -223,3 +223,12 @@ def write_control(directory, values, *, genotype, seeds=3, states=None, space=No
     write_json(directory / "study.json", content | keys)
     write_json(directory / "summary.json", {"command": "search", "status": "finished", "seconds": 99.0})
     return directory
+
+
+def spied(monkeypatch):
+    """A list to which every genotype is added of which a drawing is made."""
+    from lightning_automl.plots import genotype
+
+    made, drawing = [], genotype.genotype_figure
+    monkeypatch.setattr(genotype, "genotype_figure", lambda each: (made.append(each), drawing(each))[1])
+    return made
