@@ -72,6 +72,8 @@ class GenotypeNetwork(nn.Module):
             small, or the weights are another network's.
     """
 
+    _drop_path: Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -106,7 +108,6 @@ class GenotypeNetwork(nn.Module):
             raise UserError(f"channels is {channels}; it must be even, as half of them come from every other pixel")
         if stem not in ("cifar", "imagenet"):
             raise UserError(f"unknown stem {stem!r}; known: cifar, imagenet")
-        check_probability("drop_path", drop_path)
         self.in_channels = in_channels
         self.smallest = SMALLEST if stem == "cifar" else 8 * (SMALLEST - 1) + 1
         self.normalization = channel_normalization(mean, std, in_channels)
@@ -114,6 +115,8 @@ class GenotypeNetwork(nn.Module):
             height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
             check_size(height, width, self.smallest)
         self.genotype = chosen_genotype(genotype, random, inputs=2)
+        # A tensor, since a compiled network would be compiled anew for each number.
+        self.register_buffer("_drop_path", torch.zeros(()), persistent=False)
         self.drop_path = drop_path
 
         make_norm: MakeNorm = partial(norm_layer, norm)
@@ -151,6 +154,18 @@ class GenotypeNetwork(nn.Module):
         if weights is not None:
             load_weights(self, weights)
 
+    @property
+    def drop_path(self) -> float:
+        """Probability in [0, 1) with which what an operation adds to a node is left out in training."""
+        return self._chosen_drop_path
+
+    @drop_path.setter
+    def drop_path(self, probability: float) -> None:
+        check_probability("drop_path", probability)
+        self._chosen_drop_path = float(probability)
+        self._drops = probability > 0
+        self._drop_path.fill_(probability)
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Map images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
 
@@ -161,7 +176,7 @@ class GenotypeNetwork(nn.Module):
         check_size(images.shape[2], images.shape[3], self.smallest)
         before_previous = self.stem(images)
         previous = self.stem1(before_previous) if hasattr(self, "stem1") else before_previous
-        drop_path = self.drop_path if self.training else 0.0
+        drop_path = self._drop_path if self.training and self._drops else None
         auxiliary: Tensor | None = None
         for index, cell in enumerate(self.cells):
             before_previous, previous = previous, cell(before_previous, previous, drop_path)
@@ -230,13 +245,13 @@ class GenotypeCell(nn.Module):
             wire.operation == "skip_connect" and stride == 1 for wire, stride in zip(self.wires, strides, strict=True)
         ]
 
-    def forward(self, before_previous: Tensor, previous: Tensor, drop_path: float = 0.0) -> Tensor:
+    def forward(self, before_previous: Tensor, previous: Tensor, drop_path: Tensor | None = None) -> Tensor:
         """Map the outputs of the last cell but one and of the last ``(batch, channels, height, width)`` to the next.
 
         Args:
             before_previous: Output of the cell before the last, possibly twice as high and wide.
             previous: Output of the last cell.
-            drop_path: Probability in [0, 1) with which what an operation gives is left out.
+            drop_path: Probability in [0, 1) with which what an operation gives is left out, a scalar.
         """
         states: dict[int, Tensor] = {}
         if self.preprocess0 is not None:
@@ -245,7 +260,7 @@ class GenotypeCell(nn.Module):
             states[1] = self.preprocess1(previous)
         for wire, operation, is_identity in zip(self.wires, self.operations, self.is_identity, strict=True):
             result = operation(states[wire.source])
-            if drop_path and not is_identity:
+            if drop_path is not None and not is_identity:
                 result = drop_images(result, drop_path)
             states[wire.target] = states[wire.target] + result if wire.target in states else result
         return torch.cat([states[node] for node in self.concat], 1)
@@ -291,17 +306,17 @@ def pool_to_two(features: Tensor) -> Tensor:
     return F.avg_pool2d(features, windows, strides)
 
 
-def drop_images(features: Tensor, probability: float) -> Tensor:
+def drop_images(features: Tensor, probability: Tensor) -> Tensor:
     """Set what belongs to an image to zero with a probability, and scale the others so that the mean stays.
 
     Larsson, Maire and Shakhnarovich, *FractalNet*, ICLR 2017, https://arxiv.org/abs/1605.07648, as DARTS uses it.
 
     Args:
         features: ``(batch, channels, height, width)``.
-        probability: In [0, 1).
+        probability: A scalar in [0, 1).
     """
-    kept = features.new_empty(features.shape[0], 1, 1, 1).bernoulli_(1 - probability)
-    return features * (kept / (1 - probability))
+    kept = torch.rand(features.shape[0], 1, 1, 1, device=features.device) >= probability
+    return features * (kept / (1 - probability)).to(features.dtype)
 
 
 def build_operation(name: str, channels: int, stride: int, make_norm: MakeNorm, pool_norm: bool = False) -> nn.Module:

@@ -163,7 +163,7 @@ def network_like(other, **attributes):
 
 def test_drop_path_keeps_the_mean_and_drops_whole_images():
     features = torch.rand(20_000, 2, 1, 2) + 0.5
-    dropped = drop_images(features, 0.5)
+    dropped = drop_images(features, torch.tensor(0.5))
     alive = dropped.flatten(1) != 0
     assert (alive.all(1) == alive.any(1)).all()
     assert alive.any(1).double().mean() == pytest.approx(0.5, abs=0.02)
@@ -176,7 +176,7 @@ def test_drop_path_leaves_identities_alone_and_drops_all_else():
     identities = network(IDENTITY).cells[0]
     first, second = torch.rand(64, 12, 4, 4), torch.rand(64, 12, 4, 4)
     identities.eval()
-    assert torch.equal(identities(first, second, 0.9), identities(first, second))
+    assert torch.equal(identities(first, second, torch.tensor(0.9)), identities(first, second))
     nodes = ((("max_pool_3x3", 0), ("skip_connect", 1)),)
     built = network(Genotype(nodes, (2,), nodes, (2,))).eval()
     assert dropped_images(built.cells[0]) == (True, False)
@@ -191,7 +191,7 @@ def dropped_images(cell):
         operation.register_forward_hook(lambda module, given, output: results.append(output))
     whole = cell(*inputs)
     parts = torch.stack(results[-2:])
-    dropped = cell(*inputs, 0.5)
+    dropped = cell(*inputs, torch.tensor(0.5))
     found = []
     for edge in (0, 1):
         # each image is a sum of 0 or 2 times (or of an identity once) each part
@@ -205,6 +205,28 @@ def test_evaluation_drops_nothing(warmed):
     images = torch.rand(2, 3, 8, 8)
     assert torch.equal(built(images), built(images))
     assert torch.equal(built(images), network_like(built, drop_path=0.0)(images))
+
+
+def test_a_compiled_network_is_not_compiled_anew_for_each_probability():
+    built, graphs = network(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    built.compile(backend=count)
+    images = torch.rand(2, 3, 8, 8)
+    for probability in (0.1, 0.2, 0.3):
+        built.drop_path = probability
+        assert built.drop_path == probability
+        built(images)
+    assert len(graphs) == 1
+
+
+def test_an_impossible_probability_is_refused_also_later():
+    built = network()
+    with pytest.raises(ValueError, match="drop_path is 1"):
+        built.drop_path = 1
 
 
 # Auxiliary head
