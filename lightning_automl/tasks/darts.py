@@ -64,7 +64,8 @@ class DartsTask(ClassificationTask):
         model: The supernet.
         num_classes: Number of labels.
         optimizer: Of the weights.
-        arch_optimizer: Of the alphas.
+        arch_optimizer: Of the alphas; Adam with a rate of 3e-4, betas of 0.5 and 0.999 and weight decay 1e-3, as in the
+            paper, when left out.
         unrolled: Let the alphas follow the loss after one more step on the weights (second order, section 2.3; about
             three times as slow) instead of the loss at the weights as they are. Needs SGD for the weights.
         gradient_clip: Largest norm of the gradient of all weights together; alphas are not clipped.
@@ -92,9 +93,8 @@ class DartsTask(ClassificationTask):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(
             parameters, lr=0.025, momentum=0.9, weight_decay=3e-4
         ),
-        arch_optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(
-            parameters, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
-        ),
+        # None, since jsonargparse takes no default with a tuple into a run's config
+        arch_optimizer: OptimizerCallable | None = None,
         unrolled: bool = False,
         gradient_clip: float | None = 5.0,
         warmup_epochs: int = 0,
@@ -115,7 +115,9 @@ class DartsTask(ClassificationTask):
         if accumulate < 1:
             raise UserError(f"accumulate is {accumulate}; it is a number of batches, 1 or more")
         self.automatic_optimization = False
-        self.arch_optimizer = arch_optimizer
+        self.arch_optimizer = arch_optimizer or partial(
+            torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
+        )
         self.unrolled = unrolled
         self.gradient_clip = gradient_clip
         self.warmup_epochs = warmup_epochs

@@ -14,11 +14,8 @@ from lightning_automl.models.relaxations import PartialChannels
 from lightning_automl.results.architecture_search import ArchitectureRecord
 from lightning_automl.tasks import DartsTask
 
-pytestmark = [
-    # Lightning 2.6.6 with torch 2.14: Lightning's own code, https://github.com/Lightning-AI/pytorch-lightning
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Attribute 'arch_optimizer' removed from hparams"),
-]
+# Lightning 2.6.6 with torch 2.14: Lightning's own code, https://github.com/Lightning-AI/pytorch-lightning
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 SIZES = {"in_channels": 1, "image_size": 8, "channels": 2}
 SPACES = {
     "DARTS": lambda: DartsSpace(10, cells=3, nodes=2, **SIZES),

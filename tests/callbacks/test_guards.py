@@ -20,10 +20,7 @@ from lightning_automl.rundir import UserError
 from lightning_automl.tasks import ClassificationTask, DartsTask
 
 # Lightning 2.6.6 with torch 2.14: Lightning's own code, https://github.com/Lightning-AI/pytorch-lightning
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Attribute 'arch_optimizer' removed from hparams"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 
 
 # --------------------------------------------------------------------------------------------------- skip connections
