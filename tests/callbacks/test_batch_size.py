@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from scripted_search import ScriptedSpace, ScriptedTask, search
 from torch import nn
 
 from lightning_automl.callbacks import BatchSizeProbe
@@ -91,3 +92,35 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
         Trainer(max_epochs=1, accelerator="cpu", callbacks=[BatchSizeProbe()], **quiet).fit(
             task, DigitsDataModule(batch_size="auto")
         )
+
+
+def test_a_search_is_told_how_many_batches_a_step_takes():
+    class Limited(ScriptedSpace):
+        def forward(self, images):
+            if len(images) > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+            return super().forward(images)
+
+    task, probe = ScriptedTask(model=Limited(), accumulate=2), BatchSizeProbe()
+    data = DigitsDataModule(batch_size="auto", arch_fraction=0.5)
+    trainer = search(task, [probe], data=data, max_epochs=1, limit_train_batches=1.0)
+    assert (data.device_batch_size, task.accumulate, trainer.accumulate_grad_batches) == (32, 2 * 4, 1)
+    batches = trainer.num_training_batches
+    assert batches == -(-len(data.stream_rows["train"]) // 32)
+    assert trainer.global_step == -(-batches // 8)
+
+
+def test_a_network_with_further_outputs_in_training_is_probed_too():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Greedy(40)
+
+        def forward(self, images):
+            logits = self.inner(images)
+            return (logits, logits) if self.training else logits
+
+    task, probe, data = ClassificationTask(Several(), 10), BatchSizeProbe(), DigitsDataModule(batch_size="auto")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(max_epochs=1, accelerator="cpu", callbacks=[probe], **quiet).fit(task, data)
+    assert probe.device_batch_size == 32

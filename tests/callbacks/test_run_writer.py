@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from scripted_search import ScriptedTask, search
 
 from lightning_automl.callbacks import AtomicCheckpointIO, RunWriter, mode_of
 from lightning_automl.data import DigitsDataModule
@@ -144,3 +145,17 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
         plugin.save_checkpoint({"b": torch.ones(10000), "c": Unwritable()}, path)
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_a_checkpoint_within_an_epoch_waits_for_the_batches_that_a_task_accumulates(tmp_path):
+    class Look(Callback):
+        seen = ()
+
+        def on_train_batch_start(self, *_):
+            self.seen += ((tmp_path / "checkpoints/last.ckpt").exists(),)
+
+    look = Look()
+    search(
+        ScriptedTask(accumulate=2), [look, RunWriter(tmp_path, every_n_steps=1)], max_epochs=1, limit_train_batches=4
+    )
+    assert look.seen == (False, False, True, True)
