@@ -68,6 +68,7 @@ class SearchCommand(ABC):
             scratch,
             do="resolve",
             arguments=self.config.run_arguments,
+            before=self._run_before(),
             monitors=self.config.monitors,
             gpus=len(gpus) // given.workers,
             seed=given.seed,
@@ -127,6 +128,14 @@ class SearchCommand(ABC):
         remove_partial_files(directory)
         self.directory = directory
         log_to(directory / "log.txt")
+
+    def _run_before(self) -> dict[str, Any] | None:
+        """The resolved run that the search was started with, if it is continued."""
+        saved = None if self.given.dir is None else Path(self.given.dir) / "config.yaml"
+        if saved is None or not saved.exists():
+            return None
+        run: dict[str, Any] | None = (yaml.safe_load(saved.read_text()) or {}).get("run")
+        return run
 
     def _resolved(self) -> dict[str, Any]:
         """The search as it is kept: with the whole run, without the directory."""

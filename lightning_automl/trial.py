@@ -12,7 +12,7 @@ from lightning_automl.callbacks import Heartbeat, TrialPruning, mode_of
 from lightning_automl.cli import AutoMLCLI
 from lightning_automl.density import score_fold
 from lightning_automl.models.cost import latency
-from lightning_automl.parser import adapt_jsonargparse
+from lightning_automl.parser import adapt_jsonargparse, keep_genotypes
 from lightning_automl.process import keep_freed_memory, see_working_directory
 from lightning_automl.rundir import UserError, environment, read_json, summarise
 from lightning_automl.search.channel import Channel
@@ -39,15 +39,22 @@ class _Reader(AutoMLCLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
     @classmethod
-    def resolved(cls, arguments: list[str]) -> dict[str, Any]:
-        """The whole config of a fit command line, as ``fit`` writes it into its directory."""
-        config: dict[str, Any] = yaml.safe_load(cls(["fit", *arguments]).dump())
+    def resolved(cls, arguments: list[str], before: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The whole config of a fit command line, as ``fit`` writes it into its directory.
+
+        Args:
+            arguments: The command line behind ``fit``.
+            before: What it was when a search was started that goes on now.
+        """
+        reader = cls(["fit", *arguments])
+        keep_genotypes(reader.config["fit"], before)
+        config: dict[str, Any] = yaml.safe_load(reader.dump())
         return config
 
 
 def _resolve(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """The resolved config of ``arguments``, how many processes it takes, what is to be made small, and where we are."""
-    config = _Reader.resolved(payload["arguments"])
+    config = _Reader.resolved(payload["arguments"], payload.get("before"))
     monitors = payload["monitors"] or [config["monitor"]]
     modes = [config["mode"] if name == config["monitor"] and config.get("mode") else mode_of(name) for name in monitors]
     modes = ["min" if name in COSTS else mode for name, mode in zip(monitors, modes, strict=True)]

@@ -151,6 +151,25 @@ def test_a_genotype_that_has_changed_since_is_noticed(run, tmp_path):
     assert "another --dir to start anew" in answer.err
 
 
+@pytest.mark.slow
+def test_a_search_outlives_the_file_of_its_genotype(command, written, warm_server, tmp_path):
+    path = save(tmp_path / "found/genotype.json")
+    search = {
+        "run": written()[len("--config=") :],
+        "trials": 1,
+        "space": {"model.init_args.model.init_args.random": {"choice": [0, 1]}},
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(search))
+    keys = ("search", "--config=search.yaml", "--dir=study", f"--run.{GENOTYPE[2:]}={path}")
+    assert command(*keys).status == 0
+    path.unlink()
+    answer = command(*keys, "--trials=2")
+    assert answer.status == 0, answer.err
+    for number in range(2):
+        config = yaml.safe_load((tmp_path / f"study/trials/000{number}/config.yaml").read_text())
+        assert load_genotype(config["model"]["init_args"]["model"]["init_args"]["genotype"]) == load_genotype(CELL)
+
+
 def test_images_are_classified_by_a_network_with_auxiliary_head(run, command, tmp_path):
     from PIL import Image
 
