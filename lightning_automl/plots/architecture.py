@@ -23,6 +23,7 @@ COLUMNS = 3
 EPOCHS = 120
 _WIDTH, _PANEL, _ROW = 4.5, 1.1, 0.34  # inches: of a figure, the height of a panel and of a row of a strip plot
 _SHORT = 20  # characters; longer labels leave room for two beside each other
+_NEAR = 0.02  # share of a level below which values differ too little from it to fill a picture
 #: Operations of one kind have one colour, and are told apart by these.
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.3)), (0, (1.2, 1)), (0, (5, 1, 1, 1)), (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _FOUND: dict[str, Any] = {"marker": "D", "color": COLOURS["val"], "markeredgecolor": "black"}
@@ -121,6 +122,7 @@ def edge_strengths(
     panels[0, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     panels[0, 0].yaxis.set_major_locator(MaxNLocator(4))
     panels[0, 0].margins(y=0.06)
+    panels[0, 0].ticklabel_format(axis="y", useOffset=False)
     handles = [Line2D([], [], linewidth=1.4, label=name, **styles[name]) for name in operations]
     figure.suptitle(title, fontsize=10, parse_math=False)
     if handles:
@@ -158,7 +160,7 @@ def over_epochs(
         title: What they are.
         unit: Of the values.
         marks: Epochs, counted from 1, with a vertical line each, by their names.
-        levels: Values with a horizontal line each, by their names.
+        levels: Values above 0 with a horizontal line each, by their names; what is near to one is drawn as near.
         whole: Whether values are counts.
 
     Returns:
@@ -181,6 +183,9 @@ def over_epochs(
         axes.axvline(epoch, color="0.45", linewidth=1, linestyle=dashes, label=name, zorder=0)
     for name, level in (levels or {}).items():
         axes.axhline(level, color="black", linewidth=1, linestyle=":", label=name)
+        low, high = axes.get_ylim()
+        low = min(low, (1 - _NEAR) * level)
+        axes.set_ylim(low, max(high, level + 0.05 * (level - low)))
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.set_xlabel("epoch")
     axes.set_ylabel(unit, parse_math=False)
@@ -190,6 +195,8 @@ def over_epochs(
         axes.set_ylim(-0.2, max(2.0, largest) + 0.4)
     elif largest >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
     labels = axes.get_legend_handles_labels()[1]
     if labels:

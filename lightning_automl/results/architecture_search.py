@@ -13,6 +13,8 @@ from lightning_automl.rundir import UserError, read_json
 
 #: Of ``architecture.json`` and ``genotype.json``; files of a later one may mean something else.
 VERSION = 1
+#: Guards that are no callbacks.
+SETTINGS = ("warm-up", "max_skips")
 #: In the order of a page.
 KINDS = ("normal", "reduce")
 
@@ -141,6 +143,11 @@ class Guard:
     fired: bool
     sentence: str
 
+    @property
+    def ends(self) -> bool:
+        """Whether it could end a search; settings of the space and of the task only change it."""
+        return self.name not in SETTINGS
+
 
 @dataclass(frozen=True)
 class ArchitectureRecord:
@@ -212,9 +219,9 @@ class ArchitectureRecord:
         return self.epochs[-1] if self.epochs else None
 
     @property
-    def fired(self) -> list[Guard]:
-        """Guards that have ended the search."""
-        return [guard for guard in self.guards if guard.fired]
+    def watching(self) -> list[Guard]:
+        """Guards that could end the search."""
+        return [guard for guard in self.guards if guard.ends]
 
     def same_since(self) -> int | None:
         """The first epoch from which on the genotype was that of the newest epoch, from 0; None if it is not known."""

@@ -125,6 +125,19 @@ def test_curves_marks_and_levels_are_drawn_and_named():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
 
 
+@pytest.mark.parametrize("values", [(2.0794, 2.0793), (2.0, 1.5), (2.0794,)], ids=str)
+def test_what_is_near_to_a_level_is_drawn_as_near(values):
+    curve = Curve("entropy", list(enumerate(values, start=1)), "red")
+    figure = over_epochs([curve], title="entropy", levels={"all equal": math.log(8)})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert low <= 0.98 * math.log(8)
+    assert low < min(values)
+    assert high > math.log(8)
+    assert axes.yaxis.get_offset_text().get_text() == ""
+
+
 def test_an_axis_of_counts_has_whole_numbers_and_begins_below_zero():
     figure = over_epochs([Curve("skips", [(1, 0), (2, 0), (3, 1)], "red")], title="skip connections", whole=True)
     figure.draw_without_rendering()

@@ -263,24 +263,20 @@ def test_the_genotype_is_drawn_and_told(searched, drawn):
 @pytest.mark.usefixtures("undrawn")
 def test_each_guard_is_listed_with_its_settings_and_whether_it_fired(searched):
     fired = {"name": "EigenvalueStop", "settings": {"lag": 4}, "fired": True, "sentence": "it grew"}
-    section = architecture_search(
-        evidence_of(searched(architecture(3, guards=[SKIP_STOP, fired]), task={"warmup_epochs": 2}))
-    )
+    most = {"name": "max_skips", "settings": {"max_skips": 2}, "fired": False, "sentence": "at most 2"}
+    section = architecture_search(evidence_of(searched(architecture(3, guards=[SKIP_STOP, fired, most]))))
     assert parts(section, Table)[1].rows == [
         ["SkipStop", "skips 2, kind normal", "no", "The normal cell never had 2 skip connections."],
         ["EigenvalueStop", "lag 4", "yes", "It grew."],
-        ["maximum of skip connections", "max_skips 2", "", "Whenever a genotype is derived."],
-        ["warm-up of the weights", "warmup_epochs 2", "", "Until then strengths do not change."],
+        ["max_skips", "max_skips 2", "", "At most 2."],
     ]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_guard_that_the_search_lists_itself_is_not_listed_twice(searched):
-    own = {"name": "max_skips", "settings": {"max_skips": 2}, "fired": True, "sentence": ""}
-    warm_up = {"name": "warm-up", "settings": {"warmup_epochs": 2}, "fired": False, "sentence": ""}
-    content = architecture(3, guards=[own, warm_up])
-    section = architecture_search(evidence_of(searched(content, task={"warmup_epochs": 2})))
-    assert [row[0] for row in parts(section, Table)[1].rows] == ["max_skips", "warm-up"]
+@pytest.mark.parametrize(("guards", "warned"), [([], True), (["max_skips", "warm-up"], True), (["SkipStop"], False)])
+def test_a_search_that_nothing_could_end_is_told(tmp_path, guards, warned):
+    listed = [{"name": name, "settings": {}, "fired": False, "sentence": ""} for name in guards]
+    record = record_of(architecture(3, guards=listed), tmp_path)
+    assert any("No guard that could end the search" in each for each in warnings_of(record)) == warned
 
 
 def lines_of(directory):
@@ -426,10 +422,12 @@ def test_a_genotype_that_changes_until_the_end_is_told(tmp_path):
     settled = record_of(content, tmp_path)
     assert not any("not settled" in each for each in warnings_of(settled))
     assert settled.same_since() == 0
-    content["epochs"][-3]["genotype"] = architecture(20, favoured="skip_connect")["epochs"][-1]["genotype"]
+    content["epochs"][-2]["genotype"] = content["epochs"][-3]["genotype"] = architecture(20, favoured="skip_connect")[
+        "epochs"
+    ][-1]["genotype"]
     late = record_of(content, tmp_path)
-    assert late.same_since() == 18
-    assert any("still changed in epoch 19 of 20" in each for each in warnings_of(late))
+    assert late.same_since() == 19
+    assert any("still changed in epoch 20 of 20" in each for each in warnings_of(late))
     assert calm.genotype == late.genotype
 
 

@@ -63,7 +63,7 @@ def architecture_search(evidence: Evidence) -> Section | None:
     blocks: list[Any] = [Notes([*record.doubts, *warnings_of(record)])]
     if record.genotype is not None:
         blocks += [drawing(genotype=record.genotype), *_choice(record)]
-    blocks += _guards(record, evidence.run.config)
+    blocks += _guards(record)
     if record.genotype is not None:
         blocks += [Text(_GO_ON), Commands(_commands(evidence, record.genotype))]
     return Section("Found architecture", blocks)
@@ -105,18 +105,12 @@ def _cost_rows(cost: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _guards(record: ArchitectureRecord, config: Mapping[str, Any]) -> list[Any]:
+def _guards(record: ArchitectureRecord) -> list[Any]:
     rows = []
     for guard in record.guards:
         settings = ", ".join(f"{name} {value_text(value)}" for name, value in guard.settings.items())
-        rows.append([guard.name, settings, "yes" if guard.fired else "no", _sentence(guard.sentence)])
-    named = {guard.name for guard in record.guards} | {name for guard in record.guards for name in guard.settings}
-    task = _arguments(config.get("model"))
-    most, warm_up = _arguments(task.get("model")).get("max_skips"), task.get("warmup_epochs")
-    if most is not None and "max_skips" not in named:
-        rows.append(["maximum of skip connections", f"max_skips {most}", "", "Whenever a genotype is derived."])
-    if warm_up and "warmup_epochs" not in named:
-        rows.append(["warm-up of the weights", f"warmup_epochs {warm_up}", "", "Until then strengths do not change."])
+        fired = ("yes" if guard.fired else "no") if guard.ends else ""
+        rows.append([guard.name, settings, fired, _sentence(guard.sentence)])
     if not rows:
         return []
     head = ["guard", "settings", "fired", ""]

@@ -145,13 +145,10 @@ def _equal(record: ArchitectureRecord) -> str:
 def _milder(record: ArchitectureRecord) -> list[str]:
     found = []
     since, newest = record.same_since(), record.newest
-    if (
-        since
-        and newest is not None
-        and len(record.epochs) > 2
-        and newest.epoch + 1 - since <= LATE * (newest.epoch + 1)
-    ):
-        found.append(f"The genotype has not settled: it still changed in epoch {since + 1} of {newest.epoch + 1}.")
-    if record.epochs and not record.guards:
+    if since and newest is not None and len(record.epochs) > 2:
+        done = newest.epoch + 1
+        if done - since <= max(1, LATE * done):
+            found.append(f"The genotype has not settled: it still changed in epoch {since + 1} of {done}.")
+    if record.epochs and not record.watching:
         found.append("No guard that could end the search watched for a collapse.")
     return found
