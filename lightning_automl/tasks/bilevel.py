@@ -220,6 +220,19 @@ def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def buffers_of_first_rank(network: nn.Module) -> None:
+    """Give all ranks the buffers that rank 0 has, such as the running statistics of its share of the images."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.broadcast(flat, src=0)
+    parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+    with torch.no_grad():
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
 def shares(counts: Sequence[int], device: torch.device) -> Sequence[Tensor | float]:
     """What to multiply each of this rank's losses by, so that the mean over ranks is that of all images together.
 

@@ -26,6 +26,7 @@ from lightning_automl.models.supernet import Supernet
 from lightning_automl.rundir import UserError
 from lightning_automl.tasks.bilevel import (
     begin_momentum,
+    buffers_of_first_rank,
     filled,
     mean_over_ranks,
     shares,
@@ -423,6 +424,11 @@ class DartsTask(ClassificationTask):
         super().on_train_epoch_start()
         self._waiting = []
         self._set_schedule(self.current_epoch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate with the running statistics that are in checkpoints; without DDP's hooks ranks have their own."""
+        super().on_validation_epoch_start()
+        buffers_of_first_rank(self.model)
 
     def _set_schedule(self, epoch: int, epochs: int | None = None) -> None:
         relaxation = getattr(self.model, "relaxation", None)
