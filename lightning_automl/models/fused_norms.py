@@ -39,9 +39,10 @@ class Norms:
         first = norms[0]
         if all(type(norm) is nn.Identity for norm in norms):
             return features if scale is None else features * scale[:, None, None]
-        if all(_is_batch_norm(norm) and _settings(norm) == _settings(first) for norm in norms):
+        alike = _alike(norms)
+        if alike and _is_batch_norm(first):
             return self._batch_norm(features, norms, *_affine(norms, scale))
-        if all(type(norm) is nn.GroupNorm and _settings(norm) == _settings(first) for norm in norms):
+        if alike and type(first) is nn.GroupNorm:
             groups = first.num_groups * (features.shape[1] // first.num_channels)
             return F.group_norm(features, groups, *_affine(norms, scale), first.eps)
         parts = [norm(part) for norm, part in zip(norms, features.chunk(len(norms), 1), strict=True)]
@@ -89,13 +90,11 @@ class Norms:
 def equal(norms: Sequence[Any]) -> bool:
     """Whether norms without parameters give the same on the same features."""
     first = norms[0]
-    known = all(_is_batch_norm(norm) or type(norm) in (nn.GroupNorm, nn.Identity) for norm in norms)
-    return known and all(
-        _settings(norm) == _settings(first)
-        and getattr(norm, "weight", None) is None
-        and (norm.training or getattr(norm, "running_mean", None) is None)
-        for norm in norms
-    )
+    if type(first) is nn.Identity:
+        return _alike(norms)
+    known = type(first) is nn.GroupNorm or _is_batch_norm(first)
+    own = first._buffers.get("running_mean") is not None and not first.training
+    return known and not own and first._parameters["weight"] is None and _alike(norms)
 
 
 def _is_batch_norm(norm: nn.Module) -> bool:
@@ -106,18 +105,27 @@ def _is_batch_norm(norm: nn.Module) -> bool:
 
 
 _SETTINGS = (
-    *("eps", "momentum", "training", "track_running_stats", "num_features", "num_groups", "num_channels"),
+    "eps",
+    "momentum",
+    "training",
+    "track_running_stats",
     "affine",
+    "num_features",
+    "num_groups",
+    "num_channels",
 )
 
 
-def _settings(norm: nn.Module) -> tuple[Any, ...]:
-    return (type(norm), *(getattr(norm, name, None) for name in _SETTINGS))
+def _alike(norms: Sequence[nn.Module]) -> bool:
+    """Whether norms differ at most in what they have learned."""
+    # not getattr, which is slow on modules, and this is asked for each norm in each pass
+    settings = [(type(norm), *map(vars(norm).get, _SETTINGS)) for norm in norms]
+    return settings.count(settings[0]) == len(settings)
 
 
 def _affine(norms: Sequence[Any], scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of norms side by side, both times the scale."""
-    if norms[0].weight is None:
+    if norms[0]._parameters["weight"] is None:
         return scale, None
     weight = torch.cat([norm.weight for norm in norms])
     bias = torch.cat([norm.bias for norm in norms])

@@ -55,18 +55,23 @@ def stages_of(modules: Sequence[nn.Module]) -> list[Stage] | None:
     found = []
     for stages in zip(*(STAGES[type(module)](module) for module in modules), strict=True):
         convolutions = tuple(zip(*(stage.convolutions for stage in stages), strict=True))
-        if any({_settings(convolution) for convolution in group} != {_settings(group[0])} for group in convolutions):
-            return None
-        if any(type(group[0]) is not nn.Conv2d or group[0].bias is not None for group in convolutions):
+        if not all(_alike(group) for group in convolutions):
             return None
         found.append(Stage(convolutions, tuple(stage.norm for stage in stages)))
     return found
 
 
-def _settings(convolution: Any) -> tuple[Any, ...]:
-    names = ("weight", "stride", "padding", "dilation", "groups", "padding_mode", "bias")
-    weight, *others = (getattr(convolution, name, None) for name in names)
-    return (type(convolution), None if weight is None else weight.shape, *others)
+_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def _alike(convolutions: Sequence[Any]) -> bool:
+    """Whether these are plain convolutions without bias, equal but for their weights."""
+    if any(type(convolution) is not nn.Conv2d for convolution in convolutions):
+        return False
+    # not getattr, which is slow on modules, and this is asked for each convolution in each pass
+    settings = [[vars(convolution)[name] for name in _SETTINGS] for convolution in convolutions]
+    biased = any(convolution._parameters["bias"] is not None for convolution in convolutions)
+    return not biased and settings.count(settings[0]) == len(settings)
 
 
 class Weights:
