@@ -184,7 +184,7 @@ class SkipStop(SearchGuard):
         most = max(count for _, count in self.seen)
         return (
             f"SkipStop did not end the search: at most {most:.0f} skip connection{'' if most == 1 else 's'} in the "
-            f"{self.kind} cell, where {self.skips} from epoch {self.not_before + 1} on would have done so"
+            f"{self.kind} cell; {self.skips} from epoch {self.not_before + 1} on would have done it"
         )
 
 
@@ -271,11 +271,11 @@ class EigenvalueStop(SearchGuard):
             return None
         now, before = _means(values, self.window, self.lag)
         taken = int(self.seen[-1 - self.lag][0])
+        of = f"mean of the newest {self.window} eigenvalues" if self.window > 1 else "newest eigenvalue"
         return Verdict(
             taken,
-            f"EigenvalueStop ended the search after epoch {epoch + 1}: the mean of the newest {self.window} "
-            f"eigenvalues is {now:.3g}, {now / before:.2f} times that of {self.lag} checks before; the genotype of "
-            f"epoch {taken + 1} was taken",
+            f"EigenvalueStop ended the search after epoch {epoch + 1}: the {of} is {now:.3g}, {now / before:.2f} times "
+            f"that of {_checks(self.lag)} before; the genotype of epoch {taken + 1} was taken",
         )
 
     def state(self) -> str:
@@ -286,11 +286,15 @@ class EigenvalueStop(SearchGuard):
         growths = [now / before for now, before in means if before > 0]
         if not growths:
             needed = self.window + self.lag
-            return f"EigenvalueStop did not end the search: {len(values)} checks, and its means need {needed}"
+            return f"EigenvalueStop did not end the search: {_checks(len(values))}, and its means need {needed}"
         return (
             f"EigenvalueStop did not end the search: the mean eigenvalue grew to at most {max(growths):.2f} times that "
-            f"of {self.lag} checks before, where {self.factor:g} from epoch {self.not_before + 1} on would have done so"
+            f"of {_checks(self.lag)} before; {self.factor:g} from epoch {self.not_before + 1} on would have done it"
         )
+
+
+def _checks(number: int) -> str:
+    return "1 check" if number == 1 else f"{number} checks"
 
 
 def has_grown(values: Sequence[float], window: int = 5, factor: float = 1.3, lag: int = 4) -> bool:

@@ -269,6 +269,9 @@ class ImageDataModule(LightningDataModule, ABC):
         where = "memory" if cache is None else "the cache"
         seconds = time.monotonic() - start
         log.info("%s images of %d classes (%s) are in %s after %.1f s", counts, self.num_classes, size, where, seconds)
+        if self.stream_rows:
+            sizes = tuple(map(len, self.stream_rows.values()))
+            log.info("of the train images %d are for the weights and %d for the architecture", *sizes)
 
     @property
     def image_bytes(self) -> int:
