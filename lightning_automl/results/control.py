@@ -31,7 +31,7 @@ class TriedGenotype:
         values: Of the complete runs, one a seed.
         trials: All of its runs that have ended, the first ones of equal ones.
         mean: Of the values, NaN without one.
-        low: The lower end of Student's 95 % interval of the mean over the seeds; NaN with fewer than two values.
+        low: The lower end of Student's 95 % interval of the mean over the seeds; NaN without two different values.
         high: The upper end.
     """
 
@@ -135,7 +135,13 @@ class Control:
         if self.found is None or not self.found.values:
             return None
         sign = 1 if self.record.maximize() else -1
-        return 1 + sum(sign * each.mean > sign * self.found.mean for each in self.random)
+        found = self.found.mean  # means of equal values may differ in the last digit
+        return 1 + sum(sign * each.mean > sign * found and not math.isclose(each.mean, found) for each in self.random)
+
+    @property
+    def tied(self) -> int:
+        """How many random ones have the mean of the found one."""
+        return 0 if self.found is None else sum(math.isclose(each.mean, self.found.mean) for each in self.random)
 
     @property
     def expected(self) -> tuple[float, float, float] | None:
@@ -217,8 +223,8 @@ def _tried(random: int | None, trials: Sequence[TrialRecord], bounded: bool) -> 
 
 
 def _student(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean with the ends of Student's 95 % interval; NaN where there are too few values."""
-    if len(values) < 2:
+    """The mean with the ends of Student's 95 % interval; NaN where there are too few values, or all are equal."""
+    if len(set(values)) < 2:
         return (fmean(values) if values else math.nan), math.nan, math.nan
     from statistics import stdev
 

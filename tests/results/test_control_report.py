@@ -80,7 +80,8 @@ def test_each_genotype_counts_once_by_the_mean_of_its_seeds(study):
         assert (each.low, each.high) == pytest.approx((each.mean - reach, min(1.0, each.mean + reach)))
     expected = difference_from_sample(means[None], [means[key] for key in range(5)])
     assert control.difference == pytest.approx(expected)
-    assert control.rank == 1  # with the genotype that has the same mean
+    assert (control.rank, control.tied) == (1, 1)
+    assert "it is 1st of 6, with 1 other, and" in verdict(control.record)[1]
 
 
 def test_a_found_genotype_far_above_the_random_ones_is_told(study):
@@ -93,7 +94,7 @@ def test_a_found_genotype_far_above_the_random_ones_is_told(study):
 @pytest.mark.parametrize(
     ("found", "ending"),
     [
-        ([0.97] * 3, "it is 1st of 6, and did not outperform random genotypes by more than chance."),
+        ([0.97] * 3, "it is 1st of 6, with 1 other, and did not outperform random genotypes by more than chance."),
         ([0.935] * 3, "it is 5th of 6, and did not outperform random genotypes by more than chance."),
         ([0.8, 0.81, 0.79], "it is 6th of 6, and worse than random ones by more than chance."),
     ],
@@ -140,9 +141,25 @@ def test_random_genotypes_that_are_all_equal_have_no_interval(study):
     assert "without an interval, since the random ones are all equal" in sentence
 
 
+def test_seeds_that_all_agree_give_no_interval(study):
+    control = control_of(study(with_values(found=[0.97] * 3)))
+    assert control.found.mean == pytest.approx(0.97)
+    assert math.isnan(control.found.low)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_found_network_of_another_size_is_told(study):
+    directory = study()  # 40,000 parameters beside 41,000 to 45,000
+    said = "has 40,000 parameters, those of the random ones 41,000 to 45,000"
+    assert any(said in each for each in parts(section_of(directory), Notes)[0].sentences)
+    write_json(directory / "trials/0000/environment.json", {"network": {"parameters": 43_000}})
+    assert not any("parameters" in each for each in parts(section_of(directory), Notes)[0].sentences)
+
+
 # ---- runs without a value
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_failed_or_were_pruned_do_not_count_and_are_listed(study):
     states = {(0, 1): "FAIL", (1, 0): "PRUNED", (1, 2): "PRUNED", (3, 0): "RUNNING", (3, 1): "WAITING"}
     directory = study(states=states)
@@ -193,10 +210,13 @@ def test_a_study_without_the_found_genotype_says_what_is_missing(study):
     assert [caption.split(":")[0] for caption in captions] == ["Random 1, the best", "Random 2, the worst"]
 
 
-def test_equal_runs_count_once(study):
+@pytest.mark.parametrize("change", [{}, {"state": "FAIL", "values": None}], ids=["complete", "failed"])
+def test_equal_runs_count_once(study, change):
     directory = study()
     record = yaml.safe_load((directory / "study.json").read_text())
-    again = [{**each, "number": 100 + each["number"]} for each in record["trials"] if each["params"]["random"] == 2]
+    again = [
+        {**each, "number": 100 + each["number"], **change} for each in record["trials"] if each["params"]["random"] == 2
+    ]
     write_json(directory / "study.json", record | {"trials": [*record["trials"], *again]})
     before = {each.random: each.values for each in control_of(directory).genotypes}
     assert before == {random: tuple(own) for random, own in VALUES.items()}
@@ -240,6 +260,7 @@ def test_a_study_is_a_control_when_its_space_has_random_genotypes(study, space, 
     assert (control_of(directory) is not None) == is_control
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_else_is_varied_is_told(study):
     space = {"random": {"choice": list(VALUES), "path": RANDOM}, **SEEDS, "lr": {"log_float": [1e-3, 1e-1]}}
     directory = study(space=space)
@@ -251,6 +272,7 @@ def test_what_else_is_varied_is_told(study):
 # ---- the section
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_parameters_are_those_that_the_runs_say(study):
     directory = study()
     rows = {row[0]: row for row in parts(section_of(directory), Table)[0].rows}

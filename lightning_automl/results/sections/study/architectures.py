@@ -60,7 +60,7 @@ def _table(control: Control) -> Table:
     rank = 0
     for place, each in enumerate(control.genotypes, start=1):
         before = control.genotypes[place - 2] if place > 1 else None
-        rank = rank if before is not None and before.mean == each.mean else place
+        rank = rank if before is not None and math.isclose(before.mean, each.mean) else place
         interval = f"{metric(each.low)} to {metric(each.high)}" if math.isfinite(each.low) else ""
         parameters = control.parameters(each)
         rows.append(
@@ -100,6 +100,8 @@ def control_verdict(control: Control) -> list[str]:
     if not random:
         return [f"{begin} over {seeds}; no random genotype has a value yet to compare it with."]
     place = f"it is {_ordinal(control.rank or 1)} of {len(random) + 1}"
+    if control.tied:
+        place += f", with {counted(control.tied, 'other')}"
     gap = control.difference
     if gap is None:
         return [
@@ -152,6 +154,13 @@ def _notes(control: Control) -> list[str]:
         notes.append(
             f"With {len(control.random)} random genotypes only large differences can be told from chance: that the "
             "found one is no better is not shown either."
+        )
+    sizes = [size for each in control.random if (size := control.parameters(each)) is not None]
+    own = None if control.found is None else control.parameters(control.found)
+    if own is not None and sizes and not min(sizes) <= own <= max(sizes):
+        notes.append(
+            f"The network of the found genotype has {own:,} parameters, those of the random ones {min(sizes):,} to "
+            f"{max(sizes):,}: a difference may come from size alone."
         )
     if control.others:
         notes.append(
