@@ -361,6 +361,27 @@ def test_each_step_moves_only_its_own(unrolled):
     assert task.model.one[1].num_batches_tracked == 4  # batches of the weights, not passes
 
 
+def test_gradients_are_freed_before_the_next_step():
+    task = make_task()
+    fit(task)
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+
+def test_gradients_that_are_compared_are_of_one_dropout():
+    """Virtual step, both ends of the difference and the step itself drop the same; the alphas' batch another way."""
+    dropped = []
+    model = Tiny("group")
+    model.stem = nn.Sequential(model.stem, nn.Dropout(0.5))
+    model.stem[1].register_forward_hook(lambda module, _, output: dropped.append((output == 0).detach()))
+    fit(make_task(model, unrolled=True), limit_train_batches=2, limit_val_batches=0)
+    assert len(dropped) == 10
+    for first in (0, 5):
+        virtual, arch, plus, minus, step = dropped[first : first + 5]
+        assert all(torch.equal(virtual, each) for each in (plus, minus, step))
+        assert not torch.equal(virtual, arch)
+    assert not torch.equal(dropped[0], dropped[5])
+
+
 def test_two_runs_of_one_seed_have_the_same_alphas():
     for unrolled in (False, True):
         one, other = (fit(make_task(unrolled=unrolled)).alphas for _ in range(2))
