@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.architectures import config_of, find_genotype, in_parallel, rivals, train
+from lightning_automl.metrics import difference_from_sample
 from lightning_automl.studies.retrain import mean_over_seeds
 
 HERE = Path(__file__).parent
@@ -158,14 +159,14 @@ def difference(found: list[float], random: list[float]) -> dict[str, float]:
 
     Welch's for several searches; for a single one that of a further draw from the random ones, which is wider.
     """
-    from scipy.stats import t, ttest_ind
+    from scipy.stats import ttest_ind
 
-    mean = statistics.fmean(found) - statistics.fmean(random)
     if len(found) > 1:
+        mean = statistics.fmean(found) - statistics.fmean(random)
         interval = ttest_ind(found, random, equal_var=False).confidence_interval(0.95)
         return {"mean": mean, "low": float(interval.low), "high": float(interval.high)}
-    reach = float(t.ppf(0.975, len(random) - 1)) * statistics.stdev(random) * (1 + 1 / len(random)) ** 0.5
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+    each = difference_from_sample(found[0], random)
+    return {"mean": each.difference, "low": each.low, "high": each.high}
 
 
 def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dict[str, Any]) -> str:
