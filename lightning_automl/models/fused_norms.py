@@ -4,7 +4,8 @@ Letters: ``N`` images, ``C`` channels, ``E`` edges.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ class Norms:
         self._counts: list[Tensor] = []
         self._zeros: Tensor | None = None
 
-    def apply(self, features: Tensor, norms: Sequence[Any], scale: Tensor | None = None) -> Tensor:
+    def apply(
+        self,
+        features: Tensor,
+        norms: Sequence[Any],
+        scale: Tensor | None = None,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Normalise by ``E`` norms side by side, then multiply by ``scale``.
 
         Args:
@@ -35,7 +42,11 @@ class Norms:
             norms: ``E`` norms of ``C`` channels.
             scale: One number a channel of the features, passed on as the norm's weight: so it costs no pass of its own
                 forward, and backward its gradient comes with the others.
+            again: Computes the features once more. If given, they are not kept for the way back.
         """
+        if again is not None and torch.is_grad_enabled():
+            with computed_again(features, again):
+                return self.apply(features, norms, scale)
         first = norms[0]
         if all(type(norm) is nn.Identity for norm in norms):
             return features if scale is None else features * scale[:, None, None]
@@ -85,6 +96,24 @@ class Norms:
             torch._foreach_lerp_(running, self._found[momentum], momentum)
         if self._counts:
             torch._foreach_add_(self._counts, 1)
+
+
+@contextmanager
+def computed_again(features: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Let autograd not keep these features in what follows, but compute them when it needs them."""
+    address, shape = features.data_ptr(), features.shape  # and not the features, which would be kept by that
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return again()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def equal(norms: Sequence[Any]) -> bool:

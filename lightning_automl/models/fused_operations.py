@@ -4,7 +4,7 @@ Letters: ``N`` images, ``C`` channels, ``E`` edges that leave the state.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Stage(NamedTuple):
     convolutions: tuple[Any, ...]
     norm: Any
 
+
+#: Features of so many numbers are not kept for the way back if they are a mere product, which is made again: a third of
+#: the memory would go into these. Smaller ones do not pay for the calls.
+LARGE = 2**19
 
 #: The operations that are stages one after the other.
 STAGES: dict[type[nn.Module], Callable[..., list[Stage]]] = {
@@ -178,6 +182,7 @@ def applied(
     for number, stage in enumerate(stages):
         if number > 0:
             features = F.relu_(features)  # nothing else keeps what a norm gives
+        again = None
         for position, group in enumerate(stage.convolutions):
             weight, first = weights.of(group), group[0]
             alone = number == position == 0  # the edges still have all the same
@@ -190,8 +195,11 @@ def applied(
                 features = F.conv2d(features, weight, None, *_geometry(first))
             else:
                 features = side_by_side(features, len(group)) if alone else features
-                features = F.conv2d(features, weight, None, *_geometry(first), first.groups * len(group))
-        features = norms.apply(features, stage.norm, scale if number == len(stages) - 1 else None)
+                arguments = weight.detach(), None, *_geometry(first), first.groups * len(group)
+                if first.kernel_size == (1, 1) and features.numel() >= LARGE:
+                    again = partial(F.conv2d, features.detach(), *arguments)
+                features = F.conv2d(features, weight, *arguments[1:])
+        features = norms.apply(features, stage.norm, scale if number == len(stages) - 1 else None, again)
     return features, parted
 
 

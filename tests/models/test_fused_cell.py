@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_automl.models import fused_operations
 from lightning_automl.models.derivation import Edges, cell_edges
 from lightning_automl.models.fused_cell import fused_mix
 from lightning_automl.models.fused_depthwise import depthwise, joined, phases
@@ -184,6 +185,23 @@ def test_partial_channels_edge_weights_and_auxiliary_skips(partial, reduction, f
     cell = Cell(reduction=reduction, partial=partial, auxiliary=True).double()
     assert_same(cell, factors=factors)
     assert_same(cell, factors=factors, skip=0.7, size=(7, 10))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "sync_batch"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_products_that_are_made_again_on_the_way_back(norm, training, monkeypatch):
+    cell = Cell(norm=norm, affine=True, reduction=True).double().train(training)
+    images = [torch.randn(3, CHANNELS, 8, 8, dtype=torch.float64) for _ in range(2)]
+    again = []
+    for large in (fused_operations.LARGE, 0):
+        monkeypatch.setattr(fused_operations, "LARGE", large)
+        assert_same(cell)
+        loss = fused_mix(images, cell.edges, cell.wiring, cell.mixture())[-1].sum()
+        with Calls() as calls:
+            torch.autograd.grad(loss, cell.weights)
+        again.append(calls.names.count("convolution"))
+    assert again[0] == 0
+    assert again[1] > 0
 
 
 def test_weights_of_zero():
