@@ -288,6 +288,13 @@ def test_a_guard_of_one_s_own_says_when():
     assert guard.record() == {"name": "Impatient", "settings": {}, "fired": True, "sentence": task.chosen[1]}
 
 
+def test_an_epoch_that_was_cut_short_and_continued_is_seen_once():
+    guard = SkipStop()
+    for epoch, value in ((0, 1), (1, 2), (1, 3), (2, 0)):
+        guard.see(epoch, value)
+    assert guard.seen == [[0, 1], [1, 3], [2, 0]]
+
+
 @pytest.mark.parametrize("guard", [SkipStop, EigenvalueStop])
 def test_a_task_that_searches_nothing_is_refused(guard):
     task = ClassificationTask(TunableCNN(10, in_channels=1, image_size=8, filters=[4], units=[]), 10)
@@ -369,7 +376,7 @@ def test_ranks_see_one_eigenvalue_and_decide_together(tmp_path):
             "GROUP_RANK": "0",
             "TORCHELASTIC_RUN_ID": "guard",
         }
-        place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
         with (tmp_path / f"log{rank}.txt").open("w") as log:
             command = [sys.executable, __file__, str(tmp_path)]
             processes.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))

@@ -96,16 +96,12 @@ def test_a_fraction_out_of_range_is_refused(fraction):
 def test_a_class_that_cannot_be_in_both_streams_is_refused():
     labels = np.array([0] * 20 + [1] + [0, 1] * 4)
     splits = np.array(["train"] * 21 + ["val"] * 4 + ["test"] * 4)
-    with pytest.raises(
-        UserError, match="class 'class 1' has 1 image, too few to be in the weights' part of train"
-    ):
+    with pytest.raises(UserError, match="class 'class 1' has 1 image, too few to be in the weights' part of train"):
         NumberedDataModule(labels, splits=splits, arch_fraction=0.5)
     groups = np.array([f"group {number}" for number in [*range(20), 20, *range(21, 29)]])
     groups[18:21] = "group 18"
     labels[18:21] = 1
-    with pytest.raises(
-        UserError, match="class 'class 1' has 1 group, too few to be in the weights' part of train"
-    ):
+    with pytest.raises(UserError, match="class 'class 1' has 1 group, too few to be in the weights' part of train"):
         NumberedDataModule(labels, groups, splits, arch_fraction=0.5)
 
 
@@ -114,7 +110,7 @@ def test_groups_that_cannot_be_cut_are_refused():
     labels = np.array([0, 2, 0, 1, 1, 2] + [0, 1, 2] * 2)
     groups = np.array([*"aabbcc", *"defghi"])
     splits = np.array(["train"] * 6 + ["val"] * 3 + ["test"] * 3)
-    with pytest.raises(UserError, match=r"arch_fraction is 0\.4, and the groups of the train split cannot be cut so that"):
+    with pytest.raises(UserError, match=r"arch_fraction is 0\.4, and the groups of the train split cannot be cut so"):
         NumberedDataModule(labels, groups, splits, arch_fraction=0.4)
 
 
