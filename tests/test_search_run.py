@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from searches import rows_of
 
 from lightning_automl.__main__ import main
@@ -134,6 +135,24 @@ def test_the_whole_train_split_and_an_automatic_batch_size(command, config, tmp_
     answer = command("fit", "--config", config, "--dir", "run", *keys)
     assert answer.status == 0, answer.err
     assert epochs_of(tmp_path / "run") == [0]
+
+
+def test_a_search_with_costs_and_averaged_weights_is_tested_exported_and_used(command, config, tmp_path):
+    keys = ("--model.init_args.cost.weight=0.1", "--trainer.callbacks+=EMAWeightAveraging", "--trainer.max_epochs=1")
+    keys += ("--model.init_args.arch_optimizer=torch.optim.Adam", "--model.init_args.arch_optimizer.lr=0.01")
+    answer = command("fit", "--config", config, "--dir", "run", *keys)
+    assert answer.status == 0, answer.err
+    image = tmp_path / "image.png"
+    Image.new("L", (8, 8)).save(image)
+    for arguments in (
+        ("test", "--dir", "run"),
+        ("fit", "--dir", "run", "--trainer.max_epochs=2"),
+        ("export", "run", "--format", "torch"),
+        ("classify", "run", image),
+    ):
+        answer = command(*arguments)
+        assert answer.status == 0, (arguments, answer.err)
+    assert all(each["cost"]["expected"] > 0 for each in read(tmp_path / "run/architecture.json")["epochs"])
 
 
 def test_a_run_that_searches_nothing_leaves_no_architecture(finished_digits):

@@ -175,7 +175,7 @@ class ArchitectureCost(nn.Module):
 
     def _has_costs(self, model: Any, image_shape: tuple[int, int, int]) -> bool:
         """Whether a checkpoint, or an earlier call, has brought the costs of such images."""
-        if not hasattr(self, "image_shape") or self.image_shape.tolist() != list(image_shape):
+        if self.known != image_shape:
             return False
         shapes = {kind: (len(edges.sources), len(model.operations)) for kind, edges in model.edges.items()}
         return all(
@@ -193,6 +193,18 @@ class ArchitectureCost(nn.Module):
             if key.startswith(prefix) and (name in ("rest", "image_shape") or name.endswith("_costs")):
                 self.register_buffer(name, torch.zeros_like(value, device=getattr(self, name, value).device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_costs(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Take up the table that a checkpoint holds, if it holds one, before the checkpoint as a whole is loaded."""
+        self._load_from_state_dict(state_dict, prefix, {}, False, [], [], [])
+
+    @property
+    def known(self) -> tuple[int, int, int] | None:
+        """``(channels, height, width)`` of the images whose costs are known, by :meth:`prepare` or a checkpoint."""
+        if not hasattr(self, "image_shape"):
+            return None
+        channels, height, width = self.image_shape.tolist()
+        return channels, height, width
 
     def expected(self, model: Any) -> Tensor:
         """The expected cost, a scalar in ``unit``, differentiable in alphas."""

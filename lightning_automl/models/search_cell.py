@@ -151,8 +151,11 @@ class SearchCell(nn.Module):
 
 
 def cell_nodes(cell: Any, states: Sequence[Tensor], mixture: Mixture) -> list[Tensor]:
-    """All nodes of a cell, the inputs first: computed fast if the cell is ``fused`` and not one operation is chosen."""
-    nodes = fused_mix if cell.fused and mixture.chosen is None else mix
+    """All nodes of a cell, the inputs first: computed fast if the cell is ``fused`` and not one operation is chosen.
+
+    What is exported is the readable form, whose number of images can be left open.
+    """
+    nodes = fused_mix if cell.fused and mixture.chosen is None and not torch.compiler.is_exporting() else mix
     return nodes(states, cell.edges, cell.wiring, mixture)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import Callback
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_automl.metrics import StageOutputs
 from lightning_automl.models.architecture_cost import ArchitectureCost
 from lightning_automl.models.genotype import Genotype
+from lightning_automl.models.relaxations import Relaxation
 from lightning_automl.models.supernet import Supernet
 from lightning_automl.rundir import UserError
 from lightning_automl.tasks.bilevel import (
@@ -388,22 +389,35 @@ class DartsTask(ClassificationTask):
             )
 
     def setup(self, stage: str) -> None:
-        """Prepare network and costs."""
+        """Prepare the network."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and getattr(data, "arch_fraction", 0) is None:
             raise UserError(f"the data give no second stream of batches, for the alphas of a search; {_SECOND_STREAM}")
         # Lightning 2.6 advises to keep weights from before the step, which nobody could continue from
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
         super().setup(stage)
-        if self.cost is not None:
-            if not hasattr(data, "image_size"):
-                raise UserError("cost needs a data module with 'channels' and 'image_size'; leave cost out")
-            height, width = data.image_size
-            self.cost.prepare(self.model, (data.channels, height, width), self.trainer.strategy.root_device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the network and its state; what builds optimizers is shared."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._find_costs()  # by a callback in its setup: what it saves has to have them
+        memo[id(self.arch_optimizer)] = self.arch_optimizer
+        return super().__deepcopy__(memo)
+
+    def _find_costs(self) -> None:
+        if self.cost is None:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "image_size"):
+            raise UserError("cost needs a data module with 'channels' and 'image_size'; leave cost out")
+        height, width = data.image_size
+        self.cost.prepare(self.model, (data.channels, height, width), self.trainer.strategy.root_device)
+        self.cost.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Do not go on with a search that was stopped."""
+        """Find out costs, if no checkpoint has brought them, and do not go on with a search that was stopped."""
         super().on_fit_start()
+        self._find_costs()
         self._waiting = []
         if self.chosen is not None:
             self.trainer.should_stop = True
@@ -435,9 +449,10 @@ class DartsTask(ClassificationTask):
         if relaxation is None:
             return
         epochs = self._epochs() if epochs is None else epochs
-        if epochs is None:
+        if epochs is not None:
+            relaxation.at(epoch, epochs)
+        elif getattr(type(relaxation), "at", None) is not Relaxation.at:
             raise UserError("the relaxation follows the length of the search; set trainer.max_epochs or max_steps")
-        relaxation.at(epoch, epochs)
 
     def _epochs(self) -> int | None:
         """Length of the run, if it has one."""
@@ -466,12 +481,17 @@ class DartsTask(ClassificationTask):
         checkpoint["search"] = {"chosen": self.chosen, "epochs": self._epochs()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up whether the search was stopped, and the schedules of the relaxation."""
+        """Take up whether the search was stopped, the costs, and the schedules of the relaxation."""
+        if self.cost is not None:
+            self.cost.load_costs(checkpoint["state_dict"], "cost.")
         super().on_load_checkpoint(checkpoint)
+        if self.cost is not None and self.cost.known:
+            self.cost.prepare(self.model, self.cost.known)
         search = checkpoint.get("search")
         if search is not None:
             self.chosen = None if search["chosen"] is None else tuple(search["chosen"])
-            self._set_schedule(int(checkpoint["epoch"]), search["epochs"])
+            if search["epochs"] is not None:
+                self._set_schedule(int(checkpoint["epoch"]), search["epochs"])
 
     # Optimizers -----------------------------------------------------------------------------------------------------
 

@@ -465,3 +465,12 @@ model:
     space = parser.instantiate(parser.parse_string(parser.dump(config))).model
     assert type(space.relaxation) is RELAXATIONS[name]
     assert space.relaxation.partial == (2 if name == "PartialChannels" else 1)
+
+
+@pytest.mark.parametrize("name", RELAXATIONS)
+def test_a_space_is_exported_for_any_number_of_images(name):
+    space = small(RELAXATIONS[name](), fused=True, operations=["none", "max_pool_3x3", "skip_connect"]).eval()
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(space, (torch.rand(2, 1, 8, 8),), dynamic_shapes=shapes)
+    images = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(program.module()(images), space(images))

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from lightning_automl.callbacks import RunWriter
+from lightning_automl.models import ArchitectureCost, architecture_cost
 from lightning_automl.models.genotype import Genotype
-from lightning_automl.models.relaxations import GumbelSoftmax
+from lightning_automl.models.relaxations import GumbelSoftmax, SoftmaxRelaxation
 from lightning_automl.models.supernet import DartsSpace, Supernet
 from lightning_automl.rundir import UserError
 from lightning_automl.tasks import DartsTask, WarmupCosineLR
@@ -729,6 +730,28 @@ def test_the_penalty_of_cost_and_of_the_network_moves_alphas():
     torch.testing.assert_close(fit(make_task(Fair()), data, max_epochs=3).alphas, found.alphas)
 
 
+def test_a_search_that_goes_on_keeps_the_latencies_of_its_beginning(tmp_path, monkeypatch):
+    def make():
+        space = DartsSpace(CLASSES, 1, channels=2, cells=3, nodes=1, operations=["none", "skip_connect"])
+        return make_task(space, cost=ArchitectureCost("latency", weight=1.0))
+
+    data = Streams()
+    data.channels, data.image_size = 1, (4, 4)
+    path = tmp_path / "a.ckpt"
+    task = make()
+    trainer = make_trainer(enable_checkpointing=False)
+    trainer.fit(task, data)
+    trainer.save_checkpoint(path, weights_only=False)
+    monkeypatch.setattr(architecture_cost, "measure_latencies", None)  # another time there are others
+    later = make()
+    make_trainer(max_epochs=2, enable_checkpointing=False).fit(later, data, ckpt_path=path, weights_only=True)
+    assert later.cost.state_dict().keys() == task.cost.state_dict().keys()
+    for alpha, kept in zip(later.model.alphas(), task.model.alphas(), strict=True):
+        alpha.data.copy_(kept.data)
+    assert later.cost.penalty(later.model) == task.cost.penalty(task.model)
+    make_trainer(enable_checkpointing=False).validate(make(), data, ckpt_path=path, weights_only=True)
+
+
 class Recorder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -821,6 +844,8 @@ def test_a_schedule_of_the_relaxation_needs_a_length():
     model.relaxation = Recorder()
     with pytest.raises(UserError, match=r"follows the length of the search; set trainer.max_epochs or max_steps"):
         fit(make_task(model), max_epochs=-1, max_time="00:00:00:05")
+    model.relaxation = SoftmaxRelaxation()  # has no schedule
+    fit(make_task(model), max_epochs=-1, max_time="00:00:00:00")
 
 
 def test_a_validation_in_the_middle_of_a_step_is_refused():

@@ -19,7 +19,8 @@ class GumbelSoftmax(Relaxation):
     operation's output enters the loss, as in the paper; the released code adds the weights of the others to the
     feature map as numbers, which puts a term without meaning into the gradient and is left out.
 
-    In evaluation mode the operation of the largest alpha runs, without noise.
+    In evaluation mode the operation of the largest alpha runs, without noise. An exported network computes all
+    operations, as it cannot choose by a value.
 
     Args:
         tau: Temperature in the first epoch, above 0.
@@ -55,7 +56,7 @@ class GumbelSoftmax(Relaxation):
         chosen = soft.detach().argmax(-1)
         # In this order the value is exactly one-hot: soft - soft is 0.
         weights = torch.zeros_like(soft).scatter_(-1, chosen[:, None], 1.0) + (soft - soft.detach())
-        return Mixture(weights, chosen=tuple(chosen.tolist()))
+        return Mixture(weights, chosen=None if torch.compiler.is_exporting() else tuple(chosen.tolist()))
 
     def _noise(self, alpha: Tensor) -> Tensor:
         """Gumbel noise, drawn on the CPU in float64, so that it is the same on every device and in every precision."""
