@@ -148,7 +148,7 @@ class ArchitectureCost(nn.Module):
             device_of_costs = self._costs(kind).device
             for name, values in (("member", member), ("kept", kept), ("allowed", allowed)):
                 self.register_buffer(f"{kind}_{name}", values.to(device_of_costs), persistent=False)
-        equal = {kind: torch.ones(self._costs(kind).shape, dtype=torch.float64) for kind in self._kinds}
+        equal = {kind: torch.ones_like(self._costs(kind), dtype=torch.float64) for kind in self._kinds}
         per_unit = _PER_UNIT[self.of]
         self._scale = self.target * per_unit if self.target is not None else max(float(self._expected(equal, 1.0)), 1.0)
         self._check_limit(model)

@@ -153,9 +153,10 @@ class SearchCell(nn.Module):
 def cell_nodes(cell: Any, states: Sequence[Tensor], mixture: Mixture) -> list[Tensor]:
     """All nodes of a cell, the inputs first: computed fast if the cell is ``fused`` and not one operation is chosen.
 
-    What is exported is the readable form, whose number of images can be left open.
+    What is compiled or exported is the readable form: a compiler does its own fusing, and cannot keep apart the
+    statistics that the fast form has in one tensor; and an exported network's number of images can be left open.
     """
-    nodes = fused_mix if cell.fused and mixture.chosen is None and not torch.compiler.is_exporting() else mix
+    nodes = fused_mix if cell.fused and mixture.chosen is None and not torch.compiler.is_compiling() else mix
     return nodes(states, cell.edges, cell.wiring, mixture)
 
 

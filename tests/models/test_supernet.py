@@ -1,5 +1,6 @@
 """Search spaces: their size, what they compute, and that they agree with the networks of their genotypes."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -218,6 +219,19 @@ def test_skips_are_limited_and_operations_forbidden_when_asked():
     forbidden[:, 3] = True
     genotype = space.genotype({"reduce": forbidden})
     assert (genotype.skips("normal"), genotype.skips("reduce")) == (2, 0)
+
+
+def test_a_compiled_space_gives_and_learns_the_same():
+    torch.manual_seed(0)
+    space = small(nodes=1, operations=("none", "skip_connect", "nor_conv_1x1"), fused=True)
+    plain, images = copy.deepcopy(space), torch.rand(4, 1, 8, 8)
+    found = []
+    for network, forward in ((plain, plain), (space, torch.compile(space, backend="aot_eager", fullgraph=True))):
+        logits = forward(images)
+        gradients = torch.autograd.grad(logits.square().sum(), list(network.parameters()))
+        found.append([logits, *gradients, *network.buffers()])
+    for expected, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
 
 
 # The space and the networks of its genotypes
