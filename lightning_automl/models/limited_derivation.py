@@ -61,10 +61,11 @@ def strongest_within(cells: Mapping[str, CellChoices], budget: int | None, most:
     Args:
         cells: What may be chosen, by kind of cell.
         budget: Most that all together may cost; None: any cost.
-        most: How many partial choices are kept; with more the answer is never worse.
+        most: How many partial choices are kept. Where there were never more, the answer is the best; else it is near
+            to it, and keeps the budget all the same.
 
     Returns:
-        The best choice, or None when even the cheapest costs more. There is always one when the cheapest does not.
+        The choice, or None when even the cheapest costs more. There is always one when the cheapest does not.
     """
     front = [Choice(0, 0.0)]
     for kind, cell in cells.items():
