@@ -137,7 +137,7 @@ def test_the_whole_train_split_and_an_automatic_batch_size(command, config, tmp_
     assert epochs_of(tmp_path / "run") == [0]
 
 
-def test_a_search_with_costs_and_averaged_weights_is_tested_exported_and_used(command, config, tmp_path):
+def test_a_search_with_costs_and_averaged_weights_goes_on_is_tested_and_used(command, config, tmp_path):
     keys = ("--model.init_args.cost.weight=0.1", "--trainer.callbacks+=EMAWeightAveraging", "--trainer.max_epochs=1")
     keys += ("--model.init_args.arch_optimizer=torch.optim.Adam", "--model.init_args.arch_optimizer.lr=0.01")
     answer = command("fit", "--config", config, "--dir", "run", *keys)
@@ -147,7 +147,6 @@ def test_a_search_with_costs_and_averaged_weights_is_tested_exported_and_used(co
     for arguments in (
         ("test", "--dir", "run"),
         ("fit", "--dir", "run", "--trainer.max_epochs=2"),
-        ("export", "run", "--format", "torch"),
         ("classify", "run", image),
     ):
         answer = command(*arguments)
