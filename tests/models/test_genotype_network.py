@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_automl.models import Genotype, GenotypeNetwork, flop_count, load_genotype, parameter_count
@@ -86,6 +87,21 @@ def test_any_size_and_any_channels_will_do(genotype, channels, size):
     assert logits.shape == auxiliary.shape == (3, 5)
     (logits.sum() + auxiliary.sum()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in built.parameters())
+
+
+def test_the_stem_for_imagenet_is_the_authors():
+    """`NetworkImageNet` of https://github.com/quark0/darts/blob/master/cnn/model.py: a ReLU before each later layer."""
+    torch.manual_seed(0)
+    built, images = network(stem="imagenet").double().eval(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    conv1, norm1, _, conv2, norm2 = built.stem
+    _, conv3, norm3 = built.stem1
+    seen = []
+    built.cells[0].register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
+    built(images)
+    first = norm2(F.conv2d(norm1(F.conv2d(images, conv1.weight, None, 2, 1)).relu(), conv2.weight, None, 2, 1))
+    torch.testing.assert_close(seen, [first, norm3(F.conv2d(first.relu(), conv3.weight, None, 2, 1))])
+    assert (first < 0).any()
+    assert conv1.out_channels == built.cells[0].channels // 8
 
 
 @pytest.mark.parametrize("size", [(25, 25), (31, 64), (224, 224)])
@@ -249,6 +265,17 @@ def test_the_auxiliary_pool_gives_two_by_two_and_sees_every_pixel(height, width)
     pooled.sum().backward()
     assert (features.grad > 0).all()
     torch.testing.assert_close(pool_to_two(torch.full_like(features, 3.0)), torch.full((1, 1, 2, 2), 3.0))
+
+
+def test_the_auxiliary_head_is_the_authors():
+    """`AuxiliaryHeadCIFAR` of https://github.com/quark0/darts/blob/master/cnn/model.py."""
+    torch.manual_seed(0)
+    head, features = AuxiliaryHead(4, 3, partial(norm_layer, "batch")).double(), torch.randn(2, 4, 8, 8).double()
+    pooled = F.avg_pool2d(features.relu(), 5, 3)
+    narrow = head.norm1(F.conv2d(pooled, head.conv1.weight)).relu()
+    wide = head.norm2(F.conv2d(narrow, head.conv2.weight)).relu()
+    expected = F.linear(wide.flatten(1), head.classifier.weight, head.classifier.bias)
+    torch.testing.assert_close(head(features), expected)
 
 
 def test_the_auxiliary_head_does_not_change_what_it_is_given():
