@@ -59,6 +59,10 @@ class DartsTask(ClassificationTask):
     the joint batch, and every epoch it is checked that all have the same genotype. Lightning's ``global_step`` counts
     the steps on the weights. What is random in the relaxation is a function of (seed, step), the same on all ranks.
 
+    A search that goes on with larger ``max_epochs`` follows the relaxation's schedule (temperature, auxiliary skip) of
+    the longer search from then on, while a schedule of the learning rate stays where it has ended: with a rate of 0
+    there, only the alphas move. Search anew for so many epochs if that is not wanted.
+
     A subclass with another rule overrides :meth:`hypergradient` (what alphas follow), :meth:`architecture_loss` (what
     they are to make small) or :meth:`streams` (of which batches).
 
@@ -389,8 +393,10 @@ class DartsTask(ClassificationTask):
             )
 
     def setup(self, stage: str) -> None:
-        """Prepare the network."""
+        """Prepare the network, and forget the end of a former training."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            self.chosen = None
         if stage == "fit" and getattr(data, "arch_fraction", 0) is None:
             raise UserError(f"the data give no second stream of batches, for the alphas of a search; {_SECOND_STREAM}")
         # Lightning 2.6 advises to keep weights from before the step, which nobody could continue from

@@ -673,6 +673,8 @@ def test_stop_search_ends_the_run_after_the_epoch_for_good(tmp_path):
     )
     assert again.chosen == (1, "two skips in the normal cell")
     assert probe.steps == []
+    assert len(fit(again).steps) == 4  # not continued, but searched again
+    assert again.chosen is None
 
 
 def test_the_gradient_for_guards_is_that_of_the_loss_and_leaves_no_trace():

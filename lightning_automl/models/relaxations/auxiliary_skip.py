@@ -46,7 +46,10 @@ class AuxiliarySkip(Relaxation):
         self.register_load_state_dict_post_hook(_read_weight)  # type: ignore[no-untyped-call]
 
     def at(self, epoch: int, epochs: int) -> None:
-        """Let the weight go from ``beta`` in epoch 0 to 0 in epoch ``epochs``."""
+        """Let the weight go from ``beta`` in epoch 0 to 0 in epoch ``epochs``.
+
+        It rises again when a search goes on with more epochs.
+        """
         passed = share(epoch, epochs)
         left = 1 - passed if self.schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
         self._weight = self.current.fill_(self.beta * left).item()

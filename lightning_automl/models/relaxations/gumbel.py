@@ -43,7 +43,10 @@ class GumbelSoftmax(Relaxation):
         self.register_buffer("temperature", torch.tensor(float(tau)))
 
     def at(self, epoch: int, epochs: int) -> None:
-        """Let the temperature go linearly from ``tau`` in epoch 0 to ``tau_end`` in the last one."""
+        """Let the temperature go linearly from ``tau`` in epoch 0 to ``tau_end`` in the last one.
+
+        It rises again when a search goes on with more epochs.
+        """
         self.temperature.fill_(self.tau + (self.tau_end - self.tau) * share(epoch, epochs - 1))
 
     def mixture(self, parameters: Mapping[str, Tensor], edges: Edges) -> Mixture:
