@@ -1,5 +1,6 @@
 """One sentence about a mistake, out of the many lines that a parser or a library says about it."""
 
+import collections.abc
 import inspect
 import re
 import sys
@@ -7,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from lightning_automl.rundir import DisagreementError, DiskFullError, UserError
 
@@ -54,11 +55,15 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
             )
         return _unknown(found[1], f"argument of {classes[-1].rsplit('.', 1)[-1]}:", _parameters(classes[-1]))
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
-        return _unknown(found[1], f"class for {keys}:", _class_names(keys))
+        return _no_class(found[1], keys, _wanted(classes, keys))
+    if found := re.search(r"an instantiatable class, but (\S+) is abstract[\s\S]*?NestedArg\(key='([^']+)'", text):
+        names = ", ".join(_names(_wanted(classes, keys)))
+        return f"{keys} has no class yet that could take {found[2]!r}; name one before it{names and f': {names}'}"
     if found := re.search(r"Multiple subclasses with name .+?: (.+)\.", text):
         return f"{keys}: several classes have this name; give the full path, one of {found[1]}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
-        return f"{keys}: {found[1]} is not a {found[2]}; known: {', '.join(_names_below(found[2]))}"
+        names = ", ".join(_names_below(found[2]) or _names(_wanted(classes, keys)))
+        return f"{keys}: {found[1]} is not a {found[2]}{names and f'; known: {names}'}"
     if (classes or keys) and (
         found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text)
     ):
@@ -162,6 +167,44 @@ def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return found
+
+
+def _wanted(classes: list[str], keys: str) -> tuple[type, ...]:
+    """What an argument of the class that was named last may be, as far as it says so."""
+    if not classes:
+        from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+        kinds: dict[str, type] = {"model": LightningModule, "data": LightningDataModule, "trainer.callbacks": Callback}
+        return (kinds[keys],) if keys in kinds else ()
+    module, name = classes[-1].rsplit(".", 1)
+    argument = constructor_arguments(getattr(import_module(module), name)).get(keys.rsplit(".", 1)[-1])
+    return () if argument is None else tuple(_classes_in(argument.annotation))
+
+
+def _classes_in(annotation: Any) -> Iterator[type]:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is collections.abc.Callable:
+        arguments = arguments[-1:]  # what it gives
+    if isinstance(annotation, type) and not arguments:
+        if annotation.__module__ not in ("builtins", "types", "typing", "inspect"):
+            yield annotation
+    for each in arguments:
+        yield from _classes_in(each)
+
+
+def _names(bases: Iterable[type]) -> list[str]:
+    """Short names of the classes of these kinds that can be made."""
+    found = {each for base in bases for each in (base, *_below(base)) if not inspect.isabstract(each)}
+    return sorted(each.__name__ for each in found if not each.__name__.startswith("_"))
+
+
+def _no_class(name: str, keys: str, wanted: tuple[type, ...]) -> str:
+    names = _names(wanted)
+    if name not in (known := list(_class_names(keys))):
+        return _unknown(name, f"class for {keys}:", names or known)
+    kinds = " or ".join(dict.fromkeys(f"a{'n' * (base.__name__[0] in 'AEIOU')} {base.__name__}" for base in wanted))
+    listed = f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""
+    return f"{keys}: {name} is not {kinds or 'of the kind that is wanted here'}{listed}"
 
 
 def _class_names(key: str) -> Iterator[str]:

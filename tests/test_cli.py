@@ -330,6 +330,16 @@ BAD = {
         ["--model.model=TunabelCNN"],
         "unknown class for model.model: 'TunabelCNN'; did you mean 'TunableCNN'?",
     ),
+    "class of another kind": (
+        ["--model=DartsTask", "--model.model=ResNet"],
+        "model.model: ResNet is not a Supernet; known: DartsSpace, NasBench201Space",
+    ),
+    "network in place of a task": (["--model=DartsSpace"], "model: DartsSpace is not a LightningModule; known: "),
+    "network in place of a callback": (["--trainer.callbacks+=ResNet"], "trainer.callbacks: ResNet is not a Callback"),
+    "argument before its class": (
+        ["--model=DartsTask", "--model.model=DartsSpace", "--model.model.relaxation.k=3"],
+        "model.model.relaxation has no class yet that could take 'k'; name one before it: AuxiliarySkip, Gumbel",
+    ),
     "no such module": (["--model=nowhere.Task"], "model: class_path nowhere.Task cannot be imported: No module"),
     "wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is not a whole number or null"),
     "wrong choice": (["--model.model.activation=rleu"], "model.model.activation: 'rleu' is not one of "),
