@@ -1,5 +1,6 @@
 """Keeps the architectures of a search: ``genotype.json``, its drawing, and ``architecture.json`` of all epochs."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_automl.callbacks.guards import EigenvalueStop, SearchGuard
+from lightning_automl.callbacks.guards import EigenvalueStop, SearchGuard, checked_genotype
 from lightning_automl.models.genotype import Genotype, Kind
 from lightning_automl.rundir import write_json
+
+log = logging.getLogger(__name__)
 
 #: What is written, the result first.
 FILES = ("genotype.json", "genotype.svg", "genotype.png", "architecture.json")
@@ -58,8 +61,18 @@ class GenotypeWriter(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the files to the state of the checkpoint: a kill may have come before or behind them."""
+        task: Any = pl_module
+        checked_genotype(task, task.model.genotype())  # before an epoch is trained for nothing
         if not trainer.is_global_zero:
             return
+        still, last = getattr(pl_module, "warmup_epochs", 0), trainer.max_epochs
+        if last is not None and 0 < last <= still:
+            log.warning(
+                "warmup_epochs is %s, and the search ends after epoch %s: its alphas never move, and the genotype is "
+                "drawn by lot; search for more epochs, or set warmup_epochs lower",
+                still,
+                last,
+            )
         if self.epochs:
             self._write(trainer, pl_module)
         else:
@@ -136,20 +149,23 @@ class GenotypeWriter(Checkpoint):
         return self.epochs[-1], "the last epoch"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the result."""
+        """Draw the result, and say where it is and of which epoch."""
         if not (trainer.is_global_zero and self.epochs):
             return
         from lightning_automl.plots import write_genotype
 
-        genotype = Genotype.from_dict(self.chosen(pl_module)[0]["genotype"])
+        chosen, reason = self.chosen(pl_module)
+        genotype = Genotype.from_dict(chosen["genotype"])
         for name in ("genotype.svg", "genotype.png"):
             write_genotype(genotype, self.directory / name)
+        stopped = getattr(pl_module, "chosen", None) is not None
+        what = reason if stopped else f"the genotype of epoch {chosen['epoch'] + 1}, {reason}"
+        log.info("%s: %s", self.directory / "genotype.json", what)
 
 
 def _genotype(task: Any) -> Genotype:
     own = getattr(task, "genotype", None)  # within the limits that the task sets
-    genotype: Genotype = own() if callable(own) else task.model.genotype()
-    return genotype
+    return checked_genotype(task, own() if callable(own) else task.model.genotype())
 
 
 def _guards(trainer: Trainer) -> list[SearchGuard]:

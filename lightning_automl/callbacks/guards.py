@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_automl.metrics.eigenvalue import Vector, largest_eigenvalue
+from lightning_automl.models.genotype import Genotype
 from lightning_automl.rundir import UserError
 
 #: Along a vector of norm 1, from both ends of which gradients of 64 bits are taken.
@@ -112,6 +113,20 @@ class SearchGuard(Callback, ABC):
         self.seen.append([epoch, value])
 
 
+def checked_genotype(task: Any, genotype: object) -> Genotype:
+    """The genotype that a task or its network has given, if it is one.
+
+    Raises:
+        UserError: If not.
+    """
+    if not isinstance(genotype, Genotype):
+        raise UserError(
+            f"genotype() of {type(task.model).__name__} gives {type(genotype).__name__}, where it has to give a "
+            "lightning_automl.models.Genotype"
+        )
+    return genotype
+
+
 class SkipStop(SearchGuard):
     """Ends an architecture search when a cell has too many skip connections.
 
@@ -128,8 +143,9 @@ class SkipStop(SearchGuard):
         not_before: First epoch, counted from 0, whose genotype is judged.
 
     Raises:
-        UserError: If an argument is out of range, and when training starts if the task is no architecture search, or
-            the space's own ``max_skips`` is less than ``skips``.
+        UserError: If an argument is out of range, and when training starts if the task is no architecture search, the
+            space's genotypes are no :class:`~lightning_automl.models.Genotype`, or its own ``max_skips`` is less than
+            ``skips``.
     """
 
     def __init__(
@@ -149,7 +165,10 @@ class SkipStop(SearchGuard):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could never stop."""
         super().setup(trainer, pl_module, stage)
-        most = getattr(getattr(pl_module, "model", None), "max_skips", None)
+        task: Any = pl_module
+        most = getattr(task.model, "max_skips", None)
+        if stage == "fit":
+            checked_genotype(task, task.model.genotype())
         if stage == "fit" and most is not None and most < self.skips:
             raise UserError(
                 f"SkipStop waits for {self.skips} skip connections, and max_skips={most} of the space derives fewer; "
@@ -173,8 +192,9 @@ class SkipStop(SearchGuard):
         row = f" ({self.skips} or more in {self.patience} epochs in a row)" if self.patience > 1 else ""
         return Verdict(
             taken,
-            f"SkipStop ended the search after epoch {epoch + 1}: {newest[-1]:.0f} skip connections in the {self.kind} "
-            f"cell{row}; the genotype of epoch {taken + 1} was taken",
+            f"SkipStop ended the search after epoch {epoch + 1}: {newest[-1]:.0f} skip connection"
+            f"{'' if newest[-1] == 1 else 's'} in the {self.kind} cell{row}; the genotype of epoch "
+            f"{taken + 1} was taken",
         )
 
     def state(self) -> str:

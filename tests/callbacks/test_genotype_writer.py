@@ -12,6 +12,7 @@ from lightning_automl.callbacks import EigenvalueStop, GenotypeWriter, RunWriter
 from lightning_automl.models import ArchitectureCost, DartsSpace, NasBench201Space, load_genotype
 from lightning_automl.models.relaxations import PartialChannels
 from lightning_automl.results.architecture_search import ArchitectureRecord
+from lightning_automl.rundir import UserError
 from lightning_automl.tasks import DartsTask
 
 # Lightning 2.6.6 with torch 2.14: Lightning's own code, https://github.com/Lightning-AI/pytorch-lightning
@@ -219,3 +220,33 @@ def test_drawing_costs_no_time_in_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_automl.plots.write_genotype", lambda genotype, path: drawn.append(path.name))
     search(ScriptedTask(), [GenotypeWriter(tmp_path)], max_epochs=4)
     assert drawn == ["genotype.svg", "genotype.png"]
+
+
+@pytest.mark.parametrize(
+    ("skips", "sentence"),
+    [([0, 0, 0], "the genotype of epoch 3, the last epoch"), ([0, 1, 0], "SkipStop ended the search after epoch 2")],
+)
+def test_the_end_says_which_genotype_it_leaves(tmp_path, caplog, skips, sentence):
+    with caplog.at_level("INFO", "lightning_automl"):
+        search(ScriptedTask(skips), [GenotypeWriter(tmp_path), SkipStop(1, not_before=0)], max_epochs=3)
+    assert [each for each in caplog.messages if each.startswith(f"{tmp_path / 'genotype.json'}: {sentence}")]
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(1, True), (2, True), (3, False)])
+def test_a_search_that_ends_within_its_warm_up_is_warned_of(tmp_path, caplog, epochs, warned):
+    search(ScriptedTask(warmup_epochs=2), [GenotypeWriter(tmp_path)], max_epochs=epochs)
+    sentence = f"warmup_epochs is 2, and the search ends after epoch {epochs}: its alphas never move"
+    assert any(each.startswith(sentence) for each in caplog.messages) == warned
+
+
+@pytest.mark.parametrize("watcher", [GenotypeWriter, SkipStop])
+def test_a_genotype_of_another_form_is_refused_before_an_epoch(tmp_path, watcher):
+    class ListSpace(ScriptedSpace):
+        def genotype(self):
+            return [0, 1]
+
+    task = DartsTask(ListSpace(), 10)
+    watching = GenotypeWriter(tmp_path) if watcher is GenotypeWriter else SkipStop()
+    with pytest.raises(UserError, match=r"genotype\(\) of ListSpace gives list, where it has to give a lightning"):
+        search(task, [watching])
+    assert task.global_step == 0

@@ -54,7 +54,8 @@ def test_a_search_ends_when_a_cell_has_too_many_skip_connections(skips, settings
         assert record["sentence"].startswith(f"SkipStop did not end the search: at most {most} skip connection")
     else:
         assert record["sentence"] == task.chosen[1]
-        assert f"after epoch {ended + 1}: {skips[ended]} skip connections in the normal cell" in record["sentence"]
+        many = "skip connection" if skips[ended] == 1 else "skip connections"
+        assert f"after epoch {ended + 1}: {skips[ended]} {many} in the normal cell" in record["sentence"]
         assert record["sentence"].endswith(f"; the genotype of epoch {taken + 1} was taken")
 
 
