@@ -60,10 +60,13 @@ def export(
         Path of the file.
 
     Raises:
-        UserError: If the run has no finished epoch, onnx is not installed, or the network cannot be compressed so.
+        UserError: If the run has no finished epoch or is an architecture search, onnx is not installed, or the network
+            cannot be compressed so.
         DisagreementError: If the outputs differ by more; no file is left.
     """
     import torch
+
+    from lightning_automl.models import Supernet
 
     if format not in get_args(Format):
         raise UserError(f"unknown format {format!r}; known: {', '.join(get_args(Format))}")
@@ -78,6 +81,11 @@ def export(
         raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
     check_target(target)
     task: Any = trained_task(run)
+    if isinstance(getattr(task, "model", None), Supernet):
+        raise UserError(
+            f"{directory} is an architecture search, whose network holds all candidates; train the network of its "
+            f"genotype (--model.model GenotypeNetwork --model.model.genotype {directory}) and export that run"
+        )
     with torch.no_grad():
         if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
             raise UserError(DIVERGED.format(directory))

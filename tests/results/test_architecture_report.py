@@ -326,6 +326,8 @@ def test_the_commands_name_the_data_and_the_network_of_another_space(searched, m
     assert config["data"]["init_args"]["arch_fraction"] is None
     assert config["model"]["init_args"]["model"]["class_path"].endswith(".NasBench201Network")
     assert f"--run.{fit[fit.index('--data')][2:]}" in search
+    assert config["trainer"]["callbacks"] is None  # there is no drop path
+    assert search[search.index("--run.trainer.callbacks") + 1] == "null"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -98,6 +98,18 @@ def test_every_kind_of_network_can_be_exported(command, make_npz, name, format):
     assert f"run/model{SUFFIXES[format]}: outputs differ by at most" in answer.err
 
 
+def test_the_network_of_a_search_is_not_exported_but_that_of_its_genotype(command, make_npz):
+    make_npz("data.npz", classes=2, channels=1, side=8, counts=(16, 4, 4))
+    keys = ["--model=DartsTask", "--model.model=NasBench201Space", "--model.model.channels=2", "--trainer.max_epochs=1"]
+    keys += ["--model.model.cells_per_stage=1", "--data=ArraysDataModule", "--data.path=data.npz", "--dir=run"]
+    assert command("fit", *keys, "--data.batch_size=8", "--data.arch_fraction=0.5").status == 0
+    for format in SUFFIXES:
+        answer = command("export", "run", f"--format={format}")
+        assert answer.status == 2
+        assert answer.err.startswith("lightning-automl: run is an architecture search, whose network holds all cand")
+        assert answer.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_a_file_that_does_not_agree_is_removed_and_the_old_one_stays(command, digits, monkeypatch, format):
     module = import_module("lightning_automl.results.export")

@@ -124,8 +124,8 @@ def _sentence(text: str) -> str:
 
 def _commands(evidence: Evidence, genotype: Cells) -> list[str]:
     directory = shlex.quote(str(evidence.run.directory))
-    # The configs are of DARTS's space; one input is what NAS-Bench-201 has.
-    keys = f" --{_NETWORK} NasBench201Network" if genotype.inputs == 1 else ""
+    # The configs are of DARTS's space, with drop path; one input is what NAS-Bench-201 has.
+    keys = f" --{_NETWORK} NasBench201Network --trainer.callbacks null" if genotype.inputs == 1 else ""
     keys += f" --{_NETWORK}.init_args.genotype {directory}/genotype.json{_data(evidence.run.config)}"
     return [
         f"{_RETRAIN}{keys} --dir {directory}-retrained",
