@@ -22,6 +22,15 @@ class Parser(LightningArgumentParser):
         # jsonargparse takes `--trainer.max_epoch` for `--trainer.max_epochs`; a misspelt key must be an error.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False, "exit_on_error": False})
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse; a null for an argument of a class within a class, which jsonargparse (4.53) makes a text, stays one.
+
+        It parses such a value first and then hands ``--name=None`` to the parser of the inner class.
+        """
+        if isinstance(args, list) and len(args) == 1 and "namespace" in kwargs:
+            args = [args[0].removesuffix("=None") + "=null" if args[0].endswith("=None") else args[0]]
+        return super().parse_args(args, *rest, **kwargs)
+
 
 def adapt_jsonargparse() -> None:
     """Change two rules of jsonargparse that have no option; both are guarded by tests on the installed version.

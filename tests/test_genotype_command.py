@@ -220,3 +220,12 @@ def test_a_mistake_is_one_sentence(run, tmp_path, mistake):
     assert message in answer.err
     assert answer.err.count("\n") == 1, answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("argument", ["random", "weights", "mean"])
+def test_null_takes_the_place_of_what_a_config_says_of_a_network(written, argument):
+    given = {"random": 3, "weights": "weights.ckpt", "mean": [0.5]}[argument]
+    adapt_jsonargparse()
+    config = _Reader.resolved([written(**{argument: given}), f"{SPACE}.{argument}=null"])
+    network = config["model"]["init_args"]["model"]["init_args"]
+    assert (network[argument], network["channels"]) == (None, 4)
