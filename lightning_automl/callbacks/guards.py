@@ -167,13 +167,13 @@ class SkipStop(SearchGuard):
         super().setup(trainer, pl_module, stage)
         task: Any = pl_module
         most = getattr(task.model, "max_skips", None)
-        if stage == "fit":
-            checked_genotype(task, task.model.genotype())
         if stage == "fit" and most is not None and most < self.skips:
             raise UserError(
                 f"SkipStop waits for {self.skips} skip connections, and max_skips={most} of the space derives fewer; "
                 "raise max_skips or leave one of them out"
             )
+        if stage == "fit":
+            checked_genotype(task, task.model.genotype())
 
     def settings(self) -> dict[str, Any]:
         """The arguments."""
