@@ -37,14 +37,14 @@ def find_genotype(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     return {
         "genotype": genotype.to_dict(),
         "skips": {kind: genotype.skips(kind) for kind in ("normal", "reduce")},
-        "seconds": done["seconds"],
+        "cpu_seconds": done["cpu_seconds"],
         "memory": done["memory"],
         "supernet accuracy": epochs[-1].get("val_accuracy"),
     }
 
 
 def train(config: dict[str, Any], network: dict[str, Any], directory: Path, seed: int) -> dict[str, Any]:
-    """Train a network on train and val together and open the test split at the end; metrics, seconds, parameters."""
+    """Train a network on train and val together and open the test split at the end; accuracy, processor seconds, parameters."""
     config = json.loads(json.dumps(config))
     config["model"]["init_args"]["model"] = network
     if network["class_path"] != "GenotypeNetwork":
@@ -57,7 +57,7 @@ def train(config: dict[str, Any], network: dict[str, Any], directory: Path, seed
     weights = torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     buffers = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
     count = sum(value.numel() for name, value in weights.items() if name.rsplit(".", 1)[-1] not in buffers)
-    return {"accuracy": done["metrics"]["test_accuracy"], "seconds": done["seconds"], "parameters": count}
+    return {"accuracy": done["metrics"]["test_accuracy"], "cpu_seconds": done["cpu_seconds"], "parameters": count}
 
 
 def rivals(network: dict[str, Any], classes: int, channels: int) -> dict[str, dict[str, Any]]:

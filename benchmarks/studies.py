@@ -53,9 +53,10 @@ def fit(config: dict[str, Any], directory: Path, threads: int = 1) -> dict[str, 
     """Run a fit config to its end, or go on with it, unless that was done before.
 
     Returns:
-        The run's ``summary.json``, and ``memory``: what its process had at most, in MB.
+        The run's ``summary.json``, and of its process ``memory``, the most that it had in MB, and ``cpu_seconds``, which
+        a busy machine changes less than the time on the clock. Of a run that was killed, those of its last process.
     """
-    memory = directory.with_suffix(".json")
+    usage_file = directory.with_suffix(".json")
     if (read_json(directory / "summary.json") or {}).get("status") != "finished":
         directory.parent.mkdir(parents=True, exist_ok=True)
         file, log = directory.with_suffix(".yaml"), directory.with_suffix(".txt")
@@ -69,9 +70,9 @@ def fit(config: dict[str, Any], directory: Path, threads: int = 1) -> dict[str, 
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} failed; see {log}")
-        write_json(memory, {"memory": usage.ru_maxrss / 1000})
+        write_json(usage_file, {"memory": usage.ru_maxrss / 1000, "cpu_seconds": usage.ru_utime + usage.ru_stime})
     summary: dict[str, Any] = read_json(directory / "summary.json")
-    return summary | (read_json(memory) or {})
+    return summary | (read_json(usage_file) or {})
 
 
 def best_so_far(record: dict[str, Any]) -> list[list[float]]:

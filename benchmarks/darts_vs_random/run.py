@@ -52,7 +52,7 @@ DIGITS = Condition(
     classes=10,
     channels=1,
     search={},
-    training={"trainer__max_epochs": 30},
+    training={"trainer__max_epochs": 15},
     network={"channels": 16, "cells": 4},
     searches=3,
     randoms=8,
@@ -66,7 +66,7 @@ CIFAR = Condition(
     classes=10,
     channels=3,
     search={"trainer__max_epochs": 6, "model__init_args__warmup_epochs": 1},
-    training={"trainer__max_epochs": 8},
+    training={"trainer__max_epochs": 6},
     network={"channels": 12, "cells": 4},
     searches=1,
     randoms=4,
@@ -75,7 +75,7 @@ CIFAR = Condition(
 BUDGETS = {
     "small": {"digits": DIGITS, "CIFAR-10, 10 x 500": CIFAR},
     "full": {
-        "digits": replace(DIGITS, searches=5, randoms=20, seeds=5),
+        "digits": replace(DIGITS, training={"trainer__max_epochs": 60}, searches=5, randoms=20, seeds=5),
         "CIFAR-10, 10 x 500": replace(
             CIFAR,
             search={"trainer__max_epochs": 50, "model__init_args__warmup_epochs": 10},
@@ -127,7 +127,7 @@ def networks(condition: Condition, searches: list[dict[str, Any]]) -> dict[str, 
 
 
 def summary(name: str, runs: dict[tuple[str, int], dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
-    """One row for each network: test accuracy of each seed, mean and interval, parameters, seconds of a training."""
+    """One row for each network: test accuracy of each seed, mean and interval, parameters, processor seconds."""
     rows = []
     for network in dict.fromkeys(network for network, _ in runs):
         own = [runs[network, seed] for seed in range(seeds)]
@@ -139,7 +139,7 @@ def summary(name: str, runs: dict[tuple[str, int], dict[str, Any]], seeds: int) 
                 "values": accuracies,
                 **mean_over_seeds(accuracies, bounded=True),
                 "parameters": own[0]["parameters"],
-                "seconds": statistics.fmean(each["seconds"] for each in own),
+                "cpu_seconds": statistics.fmean(each["cpu_seconds"] for each in own),
             }
         )
     return rows
@@ -171,7 +171,7 @@ def difference(found: list[float], random: list[float]) -> dict[str, float]:
 
 def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dict[str, Any]) -> str:
     """The tables of the README."""
-    lines = ["| data | networks | number | test accuracy | worst to best | parameters | seconds a training |"]
+    lines = ["| data | networks | number | test accuracy | worst to best | parameters | processor seconds a training |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, found in compared.items():
         for kind in ("DARTS", "random", "ResNet", "DenseNet"):
@@ -183,16 +183,16 @@ def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dic
                 f"| {name} | {kind} | {len(own)} | {_percent(each)} | "
                 f"{100 * min(row['mean'] for row in own):.1f} to {100 * max(row['mean'] for row in own):.1f} | "
                 f"{counts[0]:,}{f' to {counts[-1]:,}' if len(own) > 1 else ''} | "
-                f"{statistics.fmean(row['seconds'] for row in own):.0f} |"
+                f"{statistics.fmean(row['cpu_seconds'] for row in own):.0f} |"
             )
     lines.append("")
     for name, found in compared.items():
-        seconds = ", ".join(f"{each['seconds']:.0f}" for each in searches[name])
+        seconds = ", ".join(f"{each['cpu_seconds']:.0f}" for each in searches[name])
         skips = ", ".join(f"{each['skips']['normal']} and {each['skips']['reduce']}" for each in searches[name])
         gap = found["difference"]
         lines.append(
             f"- {name}: found less random {100 * gap['mean']:+.2f} points ({100 * gap['low']:+.2f} to "
-            f"{100 * gap['high']:+.2f}); seconds of a search {seconds}; skip connections in the normal and the "
+            f"{100 * gap['high']:+.2f}); processor seconds of a search {seconds}; skip connections in the normal and the "
             f"reduction cell {skips}."
         )
     return "\n".join(lines)
