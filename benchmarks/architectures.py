@@ -37,14 +37,18 @@ def find_genotype(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     return {
         "genotype": genotype.to_dict(),
         "skips": {kind: genotype.skips(kind) for kind in ("normal", "reduce")},
-        "cpu_seconds": done["cpu_seconds"],
+        "cpu_seconds": done.get("cpu_seconds"),  # unknown of one that was killed at its very end
         "memory": done["memory"],
         "supernet accuracy": epochs[-1].get("val_accuracy"),
     }
 
 
 def train(config: dict[str, Any], network: dict[str, Any], directory: Path, seed: int) -> dict[str, Any]:
-    """Train a network on train and val together and open the test split at the end; accuracy, processor seconds, parameters."""
+    """Train a network on train and val together and open the test split at the end.
+
+    Returns:
+        Its test accuracy, the processor seconds of the run, and the network's parameters.
+    """
     config = json.loads(json.dumps(config))
     config["model"]["init_args"]["model"] = network
     if network["class_path"] != "GenotypeNetwork":

@@ -187,13 +187,13 @@ def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dic
             )
     lines.append("")
     for name, found in compared.items():
-        seconds = ", ".join(f"{each['cpu_seconds']:.0f}" for each in searches[name])
+        seconds = ", ".join(f"{each['cpu_seconds'] or float('nan'):.0f}" for each in searches[name])
         skips = ", ".join(f"{each['skips']['normal']} and {each['skips']['reduce']}" for each in searches[name])
         gap = found["difference"]
         lines.append(
             f"- {name}: found less random {100 * gap['mean']:+.2f} points ({100 * gap['low']:+.2f} to "
-            f"{100 * gap['high']:+.2f}); processor seconds of a search {seconds}; skip connections in the normal and the "
-            f"reduction cell {skips}."
+            f"{100 * gap['high']:+.2f}); processor seconds of a search {seconds}; skip connections in the normal and "
+            f"the reduction cell {skips}."
         )
     return "\n".join(lines)
 
