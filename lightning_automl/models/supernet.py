@@ -33,8 +33,18 @@ class Supernet(nn.Module, ABC):
         """All architecture parameters, which the weight optimiser never sees."""
 
     def weights(self) -> list[nn.Parameter]:
-        """What the weight optimiser trains: all other parameters that require a gradient."""
+        """What the weight optimiser trains: all other parameters that require a gradient.
+
+        Raises:
+            UserError: If there are no alphas, or some are no parameters of the network: they would be neither trained
+                nor saved with it.
+        """
         alphas = {id(parameter) for parameter in self.alphas()}
+        if not alphas or not alphas <= {id(parameter) for parameter in self.parameters()}:
+            raise UserError(
+                f"alphas() of {type(self).__name__} has to give one or more nn.Parameter that are attributes of the "
+                "network, the same ones at every call"
+            )
         return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas]
 
     @abstractmethod
@@ -77,6 +87,8 @@ class CellSpace(Supernet):
         check_operations(operations)
         self.edges = dict(edges)
         self.operations = tuple(operations)
+        if not isinstance(relaxation, Relaxation | None):
+            raise UserError(f"relaxation is {relaxation!r}; give a Relaxation, such as PartialChannels(k=4), or none")
         self.relaxation = SoftmaxRelaxation() if relaxation is None else relaxation
         self.architecture = nn.ModuleDict(
             {

@@ -447,3 +447,41 @@ def test_spaces_are_named_in_yaml_by_their_class_alone():
         space = parser.instantiate(parser.parse_string(parser.dump(config))).model
         assert type(space).__name__ == name
         assert space.operations == (DARTS_OPERATIONS if name == "DartsSpace" else NASBENCH201_OPERATIONS)
+
+
+class Bare(Supernet):
+    """A space whose alphas are what the test says."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(2))
+        self.head = nn.Linear(2, 2)
+        self.given = given
+
+    def alphas(self):
+        return self.given(self)
+
+    def genotype(self):
+        return random_genotype("darts", 0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda space: [],
+        lambda space: [space.own.softmax(0)],
+        lambda space: [nn.Parameter(space.own.detach().clone())],
+        lambda space: [space.own, nn.Parameter(torch.zeros(1))],
+    ],
+    ids=["none", "no parameter", "a copy", "one that the network does not hold"],
+)
+def test_alphas_that_would_not_be_trained_or_saved_are_refused(given):
+    with pytest.raises(UserError, match=r"alphas\(\) of Bare has to give one or more nn.Parameter that are attributes"):
+        Bare(given).weights()
+    assert len(Bare(lambda space: [space.own]).weights()) == 2
+
+
+@pytest.mark.parametrize("relaxation", ["PartialChannels", PartialChannels])
+def test_a_relaxation_that_is_none_is_refused(relaxation):
+    with pytest.raises(UserError, match=r"relaxation is .*PartialChannels.*; give a Relaxation, such as PartialCha"):
+        DartsSpace(3, channels=2, cells=3, relaxation=relaxation)
