@@ -46,7 +46,6 @@ def fused_mix(states: Sequence[Tensor], edges: nn.ModuleList, wiring: Edges, mix
         All nodes, the given ones first.
     """
     device = states[0].device.type
-    layout = torch.channels_last if device == "cpu" else torch.preserve_format
     bundles = {source: _Bundle(edges, wiring, source) for source in set(wiring.sources)}
     weights = Weights([group for bundle in bundles.values() for group in bundle.convolutions()], device)
     norms = Norms()
@@ -57,6 +56,7 @@ def fused_mix(states: Sequence[Tensor], edges: nn.ModuleList, wiring: Edges, mix
     nodes: list[Tensor] = []
     for number, arrived in enumerate(sums):
         features = states[number] if number < wiring.inputs else arrived.total()
+        layout = torch.channels_last if device == "cpu" else _layout(features)
         nodes.append(features.contiguous(memory_format=layout))
         if number in bundles:
             bundle = bundles[number]

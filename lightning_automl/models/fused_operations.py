@@ -69,13 +69,13 @@ _SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", 
 
 
 def _alike(convolutions: Sequence[Any]) -> bool:
-    """Whether these are plain convolutions without bias, equal but for their weights."""
-    if any(type(convolution) is not nn.Conv2d for convolution in convolutions):
+    """Whether these are plain convolutions without bias and hooks, equal but for their weights."""
+    if any(type(each) is not nn.Conv2d or each._forward_hooks or each._forward_pre_hooks for each in convolutions):
         return False
     # not getattr, which is slow on modules, and this is asked for each convolution in each pass
     settings = [[vars(convolution)[name] for name in _SETTINGS] for convolution in convolutions]
     biased = any(convolution._parameters["bias"] is not None for convolution in convolutions)
-    return not biased and settings.count(settings[0]) == len(settings)
+    return not biased and settings[0][-1] == "zeros" and settings.count(settings[0]) == len(settings)
 
 
 class Weights:
@@ -91,16 +91,16 @@ class Weights:
         if not groups:
             return
         together = torch.cat([convolution.weight.flatten() for group in groups for convolution in group])
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             together = together.to(torch.get_autocast_dtype(device))
         parts = torch.split(together, [len(group) * group[0].weight.numel() for group in groups])
         self._parts = {
-            id(group[0]): part.view(-1, *group[0].weight.shape[1:]) for group, part in zip(groups, parts, strict=True)
+            id(group): part.view(-1, *group[0].weight.shape[1:]) for group, part in zip(groups, parts, strict=True)
         }
 
     def of(self, group: Sequence[Any]) -> Tensor:
         """``(E * outputs, inputs, kernel, kernel)``."""
-        return self._parts[id(group[0])]
+        return self._parts[id(group)]
 
 
 class State:

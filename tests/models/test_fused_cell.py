@@ -170,6 +170,43 @@ def test_convolutions_that_an_adapter_replaced_run_through_their_modules():
     assert_same(cell)
 
 
+def test_convolutions_with_hooks_run_through_their_modules():
+    cell = Cell(["none", "sep_conv_3x3", "nor_conv_1x1"]).double()
+    calls = []
+    cell.edges[1].operations["sep_conv_3x3"].pointwise1.register_forward_hook(lambda *_: calls.append("after"))
+    cell.edges[2].operations["sep_conv_3x3"].depthwise1.register_forward_pre_hook(lambda *_: calls.append("before"))
+    assert_same(cell)
+    assert sorted(calls) == 2 * ["after"] + 2 * ["before"]
+
+
+def test_convolutions_with_another_padding_run_through_their_modules():
+    cell = Cell(["none", "sep_conv_3x3"]).double()
+    for edge in cell.edges:
+        edge.operations["sep_conv_3x3"].depthwise1.padding_mode = "reflect"
+    assert_same(cell)
+
+
+def test_one_operation_may_be_on_several_edges():
+    cell = Cell(["none", "sep_conv_3x3"]).double()
+    for edge in cell.edges:
+        edge.operations["sep_conv_3x3"].pointwise1 = cell.edges[0].operations["sep_conv_3x3"].pointwise1
+    assert_same(cell)
+
+
+@pytest.mark.parametrize(("reduction", "layout"), [(False, torch.channels_last), (True, torch.contiguous_format)])
+def test_devices_other_than_cpus_keep_the_layout(reduction, layout):
+    """The meta device stands for GPUs: it takes their way through the code, and has no numbers to wait for."""
+    cell = Cell(reduction=reduction).to("meta")
+    inputs = [torch.randn(3, CHANNELS, 8, 8, device="meta").contiguous(memory_format=layout) for _ in range(2)]
+    inputs.append(torch.randn(3, 2 * CHANNELS, 8, 8, device="meta").chunk(2, 1)[1])  # in no layout at all
+    for pair in (inputs[:2], inputs[1:]):
+        nodes = fused_mix(pair, cell.edges, cell.wiring, cell.mixture())
+        sum(node.sum() for node in nodes).backward()
+        assert [node.shape for node in nodes] == [
+            node.shape for node in mix(pair, cell.edges, cell.wiring, cell.mixture())
+        ]
+
+
 def test_one_edge_with_another_kernel_runs_through_its_module():
     cell = Cell(("sep_conv_3x3", "avg_pool_3x3")).double()
     cell.edges[0].operations["sep_conv_3x3"] = MixedOp(["sep_conv_5x5"], CHANNELS, 1, nn.BatchNorm2d).operations[
