@@ -17,8 +17,9 @@ from lightning_automl.rundir import write_json
 
 log = logging.getLogger(__name__)
 
+DRAWINGS = ("genotype.svg", "genotype.png")
 #: What is written, the result first.
-FILES = ("genotype.json", "genotype.svg", "genotype.png", "architecture.json")
+FILES = ("genotype.json", *DRAWINGS, "architecture.json")
 
 _KINDS: tuple[Kind, ...] = ("normal", "reduce")
 
@@ -73,11 +74,11 @@ class GenotypeWriter(Checkpoint):
                 still,
                 last,
             )
+        # drawings of a search that has grown, everything of a first command that was corrected
+        for name in DRAWINGS if self.epochs else FILES:
+            (self.directory / name).unlink(missing_ok=True)
         if self.epochs:
             self._write(trainer, pl_module)
-        else:
-            for name in FILES:  # of a first command that was corrected
-                (self.directory / name).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the accuracy of validation is fresh."""
@@ -156,7 +157,7 @@ class GenotypeWriter(Checkpoint):
 
         chosen, reason = self.chosen(pl_module)
         genotype = Genotype.from_dict(chosen["genotype"])
-        for name in ("genotype.svg", "genotype.png"):
+        for name in DRAWINGS:
             write_genotype(genotype, self.directory / name)
         stopped = getattr(pl_module, "chosen", None) is not None
         what = reason if stopped else f"the genotype of epoch {chosen['epoch'] + 1}, {reason}"

@@ -200,7 +200,16 @@ def test_a_kill_between_the_files_and_the_checkpoint_is_mended(tmp_path):
 def test_a_search_goes_on_with_more_epochs(tmp_path):
     search(ScriptedTask([0, 1, 0]), watchers(tmp_path), max_epochs=2)
     before = read(tmp_path)["epochs"]
-    search(ScriptedTask([0, 1, 0]), watchers(tmp_path), max_epochs=3, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    drawn = []
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, task):
+            drawn.extend(tmp_path.glob("genotype.*g"))
+
+    last = tmp_path / "checkpoints/last.ckpt"
+    search(ScriptedTask([0, 1, 0]), [Look(), *watchers(tmp_path)], max_epochs=3, ckpt_path=last)
+    assert not drawn  # of the genotype that is no more the result
+    assert len(list(tmp_path.glob("genotype.*g"))) == 2
     after = read(tmp_path)["epochs"]
     assert after[:2] == before
     assert [each["epoch"] for each in after] == [0, 1, 2]

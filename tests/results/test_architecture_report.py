@@ -315,8 +315,13 @@ def test_the_commands_name_the_data_and_the_network_of_another_space(searched, m
     path = make_npz(tmp_path / "my images.npz")
     data = {"class_path": "lightning_automl.data.ArraysDataModule", "init_args": {"path": str(path)}}
     data["init_args"] |= {"arch_fraction": 0.5, "batch_size": 16}
-    config = yaml.safe_load((directory / "config.yaml").read_text())
-    (directory / "config.yaml").write_text(yaml.safe_dump(config | {"data": data}))
+    config = yaml.safe_load((directory / "config.yaml").read_text()) | {"data": data}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    blocks = architecture_search(evidence_of(directory)).blocks
+    assert not any(isinstance(block, Commands) for block in blocks)  # the package has no network of this space
+    assert any("one of your own" in str(block) for block in blocks)
+    config["model"]["init_args"]["model"]["class_path"] = "lightning_automl.models.NasBench201Space"
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(ROOT)
     fit, search = lines_of(directory)
     config = parsed(fit, capfd)

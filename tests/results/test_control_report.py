@@ -94,6 +94,7 @@ def test_a_found_genotype_far_above_the_random_ones_is_told(study):
 @pytest.mark.parametrize(
     ("found", "ending"),
     [
+        ([0.999], "; but one seed is luck as well: train with two or more."),
         ([0.97] * 3, "it is 1st of 6, with 1 other, and did not outperform random genotypes by more than chance."),
         ([0.935] * 3, "it is 5th of 6, and did not outperform random genotypes by more than chance."),
         ([0.8, 0.81, 0.79], "it is 6th of 6, and worse than random ones by more than chance."),

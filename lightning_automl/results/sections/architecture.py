@@ -65,13 +65,18 @@ def architecture_search(evidence: Evidence) -> Section | None:
         blocks += [drawing(genotype=record.genotype), *_choice(record)]
     blocks += _guards(record)
     if record.genotype is not None:
-        blocks += [Text(_GO_ON), Commands(_commands(evidence, record.genotype))]
+        commands = _commands(evidence, record.genotype)
+        blocks += [Text(_GO_ON), Commands(commands)] if commands else [Text(_OWN_SPACE)]
     return Section("Found architecture", blocks)
 
 
 _GO_ON = (
     "The network of the search is not the one to use. The first line trains the found genotype anew, the second one "
     "also random genotypes of the same space, for the comparison without which nothing is known of the search:"
+)
+_OWN_SPACE = (
+    "The network of the search is not the one to use. This space is one of your own, so build the network of "
+    "genotype.json, and networks of random genotypes of the same space, with which to compare it."
 )
 
 
@@ -123,14 +128,25 @@ def _sentence(text: str) -> str:
 
 
 def _commands(evidence: Evidence, genotype: Cells) -> list[str]:
+    """What trains the genotype, and its control; nothing for spaces that the package has no networks of."""
     directory = shlex.quote(str(evidence.run.directory))
     # The configs are of DARTS's space, with drop path; one input is what NAS-Bench-201 has.
+    if genotype.inputs == 1 and not _space(evidence.run.config).endswith("NasBench201Space"):
+        return []
     keys = f" --{_NETWORK} NasBench201Network --trainer.callbacks null" if genotype.inputs == 1 else ""
     keys += f" --{_NETWORK}.init_args.genotype {directory}/genotype.json{_data(evidence.run.config)}"
     return [
         f"{_RETRAIN}{keys} --dir {directory}-retrained",
         f"{_CONTROL}{keys.replace(' --', ' --run.')} --dir {directory}-control",
     ]
+
+
+def _space(config: Mapping[str, Any]) -> str:
+    """The class of the space that was searched."""
+    place: Any = config
+    for key in (*_NETWORK.split("."), "class_path"):
+        place = place.get(key) if isinstance(place, Mapping) else None
+    return str(place)
 
 
 def _data(config: Mapping[str, Any]) -> str:

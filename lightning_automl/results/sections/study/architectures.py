@@ -114,7 +114,9 @@ def control_verdict(control: Control) -> list[str]:
         return [f"{said}, without an interval, since the random ones are all equal; {place}."]
     interval = f"95 % interval {_signed(gap.low)} to {_signed(gap.high)}"
     better = gap.low > 0 if control.record.maximize() else gap.high < 0
-    if better:
+    if better and len(found.values) < 2:
+        became = "better than drawing at random gives; but one seed is luck as well: train with two or more"
+    elif better:
         became = "better than drawing at random gives"
     elif gap.excludes_zero:
         became = "worse than random ones by more than chance"
