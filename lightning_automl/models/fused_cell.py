@@ -10,8 +10,8 @@
    are fast at (:mod:`~lightning_automl.models.fused_depthwise`). On CPUs everything is channels_last.
 5. ``none`` is not computed.
 
-Operations and norms that are not known here, such as a user's own, run through their modules edge by edge. Hooks on
-modules inside operations that are known do not run, since the modules are not called.
+Operations and norms that are not known here, such as a user's own, run through their modules edge by edge, as do
+operations one of whose convolutions has a hook. Hooks on other modules inside known operations do not run.
 
 Letters: ``N`` images, ``C`` channels, ``E`` edges that leave a state, ``O`` operations, ``T`` terms that edges share.
 """
