@@ -53,8 +53,8 @@ def fit(config: dict[str, Any], directory: Path, threads: int = 1) -> dict[str, 
     """Run a fit config to its end, or go on with it, unless that was done before.
 
     Returns:
-        The run's ``summary.json``, and of its process ``memory``, the most that it had in MB, and ``cpu_seconds``, which a
-        busy machine changes less than the time on the clock; of a run that was killed, those of its last process.
+        The run's ``summary.json``, and of its process ``memory``, the most that it had in MB, and ``cpu_seconds``,
+        which a busy machine changes less than the time on the clock; of a run that was killed, those of the last.
     """
     usage_file = directory.with_suffix(".json")
     if (read_json(directory / "summary.json") or {}).get("status") != "finished":
