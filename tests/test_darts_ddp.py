@@ -1,16 +1,13 @@
 """The two ranks of these tests run this file as a script; all cases in one start."""
 
 import os
-import socket
-import subprocess
-import sys
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from two_ranks import part, run_twice
 
 from lightning_automl.data import DigitsDataModule
 from lightning_automl.models.genotype import Genotype
@@ -122,34 +119,7 @@ def run(ranks):
 def ranks(tmp_path_factory):
     """What two ranks under gloo, started as torchrun starts them, found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "darts",
-            "OMP_NUM_THREADS": "1",
-        }
-        with (folder / f"log{rank}.txt").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, folder], env={**os.environ, **environment}, stdout=log, stderr=log
-                )
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "".join((folder / f"log{rank}.txt").read_text() for rank in range(2))
+    run_twice(__file__, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -214,7 +184,5 @@ if __name__ == "__main__":
     results = run(2)
     results["disagree"] = search(2, callbacks=[Disagree()])
     results["break"] = search(2, callbacks=[Break()])
-    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
-    # A process that ends with gloo's threads still at work is sometimes aborted ("terminate called without an …").
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    torch.save(results, f"rank{os.environ['RANK']}.pt")
+    part()

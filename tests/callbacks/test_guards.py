@@ -1,16 +1,13 @@
 """Guards of architecture searches. The two ranks of the last test run this file as a script."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from scripted_search import ScriptedTask, search
+from two_ranks import part, run_twice
 
 from lightning_automl.callbacks import EigenvalueStop, SearchGuard, SkipStop, Verdict
 from lightning_automl.callbacks.guards import architecture_eigenvalue, has_grown
@@ -360,33 +357,11 @@ def on_rank(folder):
     trainer = search(task, [guard], **settings)
     found["epochs"], found["chosen"], found["record"] = trainer.current_epoch, task.chosen, guard.record()
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    part()
 
 
 def test_ranks_see_one_eigenvalue_and_decide_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "guard",
-        }
-        place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
-        with (tmp_path / f"log{rank}.txt").open("w") as log:
-            command = [sys.executable, __file__, str(tmp_path)]
-            processes.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "".join((tmp_path / f"log{rank}.txt").read_text() for rank in range(2))
+    run_twice(__file__, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert one == other
     assert [epoch for epoch, _ in one["eigenvalues"]] == [0, 1]
@@ -395,4 +370,4 @@ def test_ranks_see_one_eigenvalue_and_decide_together(tmp_path):
 
 
 if __name__ == "__main__":
-    on_rank(Path(sys.argv[1]))
+    on_rank(Path.cwd())

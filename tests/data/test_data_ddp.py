@@ -1,9 +1,6 @@
 """The two ranks of these tests run this file as a script."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
+from two_ranks import part, run_twice
 
 from lightning_automl.augment import TrivialAugment
 from lightning_automl.data import DigitsDataModule
@@ -86,35 +84,7 @@ def fit(folder, images_of_val, stop=None, ckpt_path=None):
 def ranks(tmp_path_factory):
     """What two ranks under gloo, started as torchrun starts them, saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "data",
-            "OMP_NUM_THREADS": "1",
-        }
-        with (folder / f"log{rank}.txt").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, folder], env={**os.environ, **environment}, stdout=log, stderr=log
-                )
-            )
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "".join((folder / f"log{rank}.txt").read_text() for rank in range(2))
-    assert codes == [0, 0], logs
+    run_twice(__file__, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -148,11 +118,9 @@ def test_two_ranks_resume_bit_for_bit(ranks):
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder = Path.cwd()
     results = {"whole": fit(folder, images_of_val=215), "one image": fit(folder, images_of_val=1)}
     fit(folder, images_of_val=215, stop=9)
     results["resumed"] = fit(folder, images_of_val=215, ckpt_path=folder / "stop.ckpt")
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
-    # A process that ends with gloo's threads still at work is sometimes aborted ("terminate called without an …").
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    part()

@@ -1,15 +1,13 @@
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser
 from torch import nn
+from two_ranks import part, run_twice
 
 from lightning_automl.models import (
     ArchitectureCost,
@@ -633,7 +631,7 @@ def test_it_is_named_in_yaml(tmp_path):
 def on_rank(rank):
     """Runs in each of two processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = darts(nodes=1, cells=3)
     cost = ArchitectureCost("latency", weight=0.1)
@@ -641,24 +639,11 @@ def on_rank(rank):
         operation_costs.latency = None
     cost.prepare(model, SHAPE)
     torch.save(cost.state_dict(), f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    part()
 
 
 def test_the_first_process_measures_for_all(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in (0, 1):
-        with (tmp_path / f"log{rank}").open("w") as log:
-            command = [sys.executable, "-W", "error::UserWarning", __file__, str(rank)]
-            processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=180) == 0, (tmp_path / f"log{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_twice(__file__, tmp_path, "-W", "error::UserWarning")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() == {"normal_costs", "reduce_costs", "rest", "image_shape"}
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -666,4 +651,4 @@ def test_the_first_process_measures_for_all(tmp_path):
 
 
 if __name__ == "__main__":
-    on_rank(int(sys.argv[1]))
+    on_rank(int(os.environ["RANK"]))

@@ -1,15 +1,13 @@
 """Two real processes with gloo stand for two GPUs."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from two_ranks import part, run_twice
 
 from lightning_automl.models.layers import SyncBatchNorm2d, norm_layer
 
@@ -90,30 +88,17 @@ def narrow(rank):
 def on_rank(rank):
     """Runs in each of two processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     found = {name: train(SyncBatchNorm2d, None, rank, **case) for name, case in CASES.items()}
     torch.save(found | {"narrow": narrow(rank)}, f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    part()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks have found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in (0, 1):
-        with (folder / f"log{rank}").open("w") as log:
-            command = [sys.executable, "-W", "error::UserWarning", __file__, str(rank)]
-            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=180) == 0, (folder / f"log{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_twice(__file__, folder, "-W", "error::UserWarning")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -182,4 +167,4 @@ def test_a_norm_has_a_scale_and_a_shift_unless_it_is_not_affine(name, kind):
 
 
 if __name__ == "__main__":
-    on_rank(int(sys.argv[1]))
+    on_rank(int(os.environ["RANK"]))
