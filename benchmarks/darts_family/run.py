@@ -25,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "DARTS-": {f"{SPACE}relaxation": {"class_path": "AuxiliarySkip"}},
 }
 #: Epochs of a search and of a training, searches of each arm, trainings of each genotype.
-BUDGETS = {"small": (30, 15, 2, 1), "full": (50, 60, 5, 3), "smoke": (1, 1, 1, 1)}
+BUDGETS = {"small": (20, 15, 2, 1), "full": (50, 60, 5, 3), "smoke": (1, 1, 1, 1)}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
