@@ -70,7 +70,7 @@ CIFAR = Condition(
     network={"channels": 12, "cells": 4},
     searches=1,
     randoms=4,
-    seeds=2,
+    seeds=1,
 )
 BUDGETS = {
     "small": {"digits": DIGITS, "CIFAR-10, 10 x 500": CIFAR},
