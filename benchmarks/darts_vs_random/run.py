@@ -6,6 +6,7 @@ parts run and writes no result; ``--budget full`` searches and trains longer.
 """
 
 import argparse
+import math
 import os
 import statistics
 from dataclasses import dataclass, replace
@@ -187,7 +188,8 @@ def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dic
             )
     lines.append("")
     for name, found in compared.items():
-        seconds = ", ".join(f"{each['cpu_seconds'] or float('nan'):.0f}" for each in searches[name])
+        known = [each["cpu_seconds"] for each in searches[name] if each["cpu_seconds"]]
+        seconds = ", ".join(f"{each:.0f}" for each in known) or "not measured"
         skips = ", ".join(f"{each['skips']['normal']} and {each['skips']['reduce']}" for each in searches[name])
         gap = found["difference"]
         lines.append(
@@ -199,6 +201,8 @@ def markdown(rows: list[dict[str, Any]], searches: dict[str, Any], compared: dic
 
 
 def _percent(found: dict[str, Any]) -> str:
+    if not math.isfinite(found["low"]):  # of a single run
+        return f"{100 * found['mean']:.1f}"
     return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
