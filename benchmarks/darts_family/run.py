@@ -64,8 +64,8 @@ def main() -> None:
 
     def one(job: tuple[str, int, int]) -> dict[str, Any]:
         arm, number, seed = job
-        network = {"class_path": "GenotypeNetwork", "init_args": {"channels": 16, "cells": 4}}
-        network["init_args"] |= {"genotype": found[arm, number]["genotype"]}  # type: ignore[operator]
+        own = {"genotype": found[arm, number]["genotype"], "channels": 16, "cells": 4}
+        network = {"class_path": "GenotypeNetwork", "init_args": own}
         config = config_of("retrain_digits", trainer__max_epochs=epochs)
         done = train(config, network, place / f"train-{_slug(arm)}-{number}-{seed}", seed)
         print(arm, number, seed, done, flush=True)

@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_automl.models.layers import channel_normalization, check_images, check_probability, norm_layer
+from lightning_automl.models.layers import (
+    channel_normalization,
+    check_counts,
+    check_images,
+    check_probability,
+    norm_layer,
+)
 from lightning_automl.models.weights import load_weights
 from lightning_automl.rundir import UserError
 
@@ -67,9 +73,7 @@ class DenseNet(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("growth", growth)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels, growth=growth)
         if not 0 < compression <= 1:
             raise UserError(f"compression is {compression}; it is the fraction of channels that is kept, in (0, 1]")
         if stem not in ("small", "imagenet"):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_automl.models.derivation import Edges
-from lightning_automl.models.fused_depthwise import joined, side_by_side
+from lightning_automl.models.fused_depthwise import joined, layout_of, side_by_side
 from lightning_automl.models.fused_norms import Norms, equal
 from lightning_automl.models.fused_operations import State, Weights, applied, reduced, stages_of
 from lightning_automl.models.ops import FactorizedReduce, Zero
@@ -56,7 +56,7 @@ def fused_mix(states: Sequence[Tensor], edges: nn.ModuleList, wiring: Edges, mix
     nodes: list[Tensor] = []
     for number, arrived in enumerate(sums):
         features = states[number] if number < wiring.inputs else arrived.total()
-        layout = torch.channels_last if device == "cpu" else _layout(features)
+        layout = torch.channels_last if device == "cpu" else layout_of(features)
         nodes.append(features.contiguous(memory_format=layout))
         if number in bundles:
             bundle = bundles[number]
@@ -164,7 +164,7 @@ class _Bundle:
             for edge, arrived in enumerate(sums):
                 arrived.partial = one.partial
                 arrived.bypass.append(bypass if factor is None else bypass * factor[edge])
-        self._operate(selected.contiguous(memory_format=_layout(features)), mixing, weights, norms, sums)
+        self._operate(selected.contiguous(memory_format=layout_of(features)), mixing, weights, norms, sums)
         if skip and self.auxiliary[0] is not None:
             for edge, (module, arrived) in enumerate(zip(self.auxiliary, sums, strict=True)):
                 arrived.skips.append(module(features) * (skip if factor is None else skip * factor[edge]))
@@ -228,13 +228,8 @@ def _weighted(shared: list[tuple[Tensor, Tensor]], edges: int) -> list[list[Tens
     """The sum of ``T`` terms ``(N, C, height, width)``, for each edge with its own weights ``(E,)``."""
     if not shared:
         return [[] for _ in range(edges)]
-    last = _layout(shared[0][0]) is torch.channels_last
+    last = layout_of(shared[0][0]) is torch.channels_last
     rows = torch.stack([term.permute(0, 2, 3, 1) if last else term for term, _ in shared])
     mixed = torch.stack([column for _, column in shared], 1) @ rows.flatten(1)
     found = mixed.view(edges, *rows.shape[1:])
     return [[part.permute(0, 3, 1, 2) if last else part] for part in found.unbind()]
-
-
-def _layout(features: Tensor) -> torch.memory_format:
-    last = features.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

@@ -83,7 +83,7 @@ class _Features(torch.autograd.Function):
             return None, gradient, None, None, None
         (weight,) = ctx.saved_tensors
         # only the shape of the convolved features counts
-        shape = torch.empty(ctx.copies, dtype=gradient.dtype, device=gradient.device, memory_format=_layout(gradient))
+        shape = torch.empty(ctx.copies, dtype=gradient.dtype, device=gradient.device, memory_format=layout_of(gradient))
         copies = _gradient(gradient, shape, weight, ctx.geometry, of_weight=False)
         first, *others = torch.split(copies, ctx.channels, 1)
         if others:
@@ -154,6 +154,7 @@ def _gradient(gradient: Tensor, features: Tensor, weight: Tensor, geometry: Geom
     return found
 
 
-def _layout(features: Tensor) -> torch.memory_format:
+def layout_of(features: Tensor) -> torch.memory_format:
+    """Channels_last where features are in it, else the usual layout."""
     last = features.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

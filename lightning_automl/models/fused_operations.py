@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_automl.models.fused_depthwise import Geometry, depthwise, phases, side_by_side
+from lightning_automl.models.fused_depthwise import Geometry, depthwise, layout_of, phases, side_by_side
 from lightning_automl.models.fused_norms import Norms
 from lightning_automl.models.ops import (
     DepthwiseConv,
@@ -124,7 +124,7 @@ class State:
     @cached_property
     def halved(self) -> Tensor:
         """Every other row and column of it."""
-        return self.relu[:, :, ::2, ::2].contiguous(memory_format=_layout(self.relu))
+        return self.relu[:, :, ::2, ::2].contiguous(memory_format=layout_of(self.relu))
 
     @cached_property
     def phases(self) -> Tensor:
@@ -229,8 +229,3 @@ def _pointwise_from_here(stages: Sequence[Stage]) -> bool:
 
 def _geometry(convolution: Any) -> Geometry:
     return convolution.stride, convolution.padding, convolution.dilation
-
-
-def _layout(features: Tensor) -> torch.memory_format:
-    last = features.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

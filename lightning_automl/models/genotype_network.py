@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lightning_automl.models import ops
 from lightning_automl.models.genotype import Genotype, load_genotype, random_genotype
-from lightning_automl.models.layers import channel_normalization, check_images, check_probability, norm_layer
+from lightning_automl.models.layers import (
+    channel_normalization,
+    check_counts,
+    check_images,
+    check_probability,
+    norm_layer,
+)
 from lightning_automl.models.ops import FactorizedReduce, MakeNorm, ReluConvNorm
 from lightning_automl.models.weights import load_weights
 from lightning_automl.rundir import UserError
@@ -95,15 +101,10 @@ class GenotypeNetwork(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("num_classes", num_classes, 1),
-            ("in_channels", in_channels, 1),
-            ("channels", channels, 1),
-            ("stem_multiplier", stem_multiplier, 1),
-            ("cells", cells, 3),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be {least} or more")
+        check_counts(
+            num_classes=num_classes, in_channels=in_channels, channels=channels, stem_multiplier=stem_multiplier
+        )
+        check_counts(3, cells=cells)
         if channels % 2:
             raise UserError(f"channels is {channels}; it must be even, as half of them come from every other pixel")
         if stem not in ("cifar", "imagenet"):
@@ -112,8 +113,7 @@ class GenotypeNetwork(nn.Module):
         self.smallest = SMALLEST if stem == "cifar" else 8 * (SMALLEST - 1) + 1
         self.normalization = channel_normalization(mean, std, in_channels)
         if image_size is not None:
-            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-            check_size(height, width, self.smallest)
+            check_size(image_size, self.smallest)
         self.genotype = chosen_genotype(genotype, random, inputs=2)
         # A tensor, since a compiled network would be compiled anew for each number.
         self.register_buffer("_drop_path", torch.zeros(()), persistent=False)
@@ -173,7 +173,7 @@ class GenotypeNetwork(nn.Module):
             The logits; in training, with an auxiliary head, the logits and those of the auxiliary head.
         """
         check_images(images, self.in_channels)
-        check_size(images.shape[2], images.shape[3], self.smallest)
+        check_size((images.shape[2], images.shape[3]), self.smallest)
         before_previous = self.stem(images)
         previous = self.stem1(before_previous) if hasattr(self, "stem1") else before_previous
         drop_path = self._drop_path if self.training and self._drops else None
@@ -351,8 +351,9 @@ def chosen_genotype(source: Genotype | Mapping[str, Any] | str, random: int | No
     return genotype if random is None else random_genotype(genotype, random)
 
 
-def check_size(height: int, width: int, smallest: int) -> None:
-    """Raise a UserError if images are smaller than ``smallest`` pixels in height or width."""
+def check_size(size: int | tuple[int, int], smallest: int) -> None:
+    """Raise a UserError if images are smaller than ``smallest`` pixels in height or width; one number is both."""
+    height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < smallest:
         raise UserError(
             f"images have {height} x {width} pixels, and the network takes them from {smallest} x {smallest} on; give "

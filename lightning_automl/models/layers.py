@@ -185,6 +185,13 @@ def channel_normalization(
     return list(mean), list(std)
 
 
+def check_counts(least: int = 1, **counts: int) -> None:
+    """Raise a UserError if one of the arguments, by its name, is less than ``least``."""
+    for name, value in counts.items():
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be {least} or more")
+
+
 def check_probability(name: str, value: float) -> None:
     """Raise a UserError if ``value`` is no probability in [0, 1)."""
     if not 0 <= value < 1:

@@ -1,6 +1,6 @@
 """The networks of the NAS-Bench-201 space: a cell with one input whose every edge has one of five operations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from lightning_automl.models.genotype import Genotype
 from lightning_automl.models.genotype_network import Wire, build_operation, check_size, chosen_genotype
-from lightning_automl.models.layers import channel_normalization, check_images, norm_layer
+from lightning_automl.models.layers import channel_normalization, check_counts, check_images, norm_layer
 from lightning_automl.models.ops import MakeNorm, ReluConvNorm
 from lightning_automl.models.weights import load_weights
-from lightning_automl.rundir import UserError
 
 #: A cell of 3 x 3 convolutions with a shortcut.
 _RESIDUAL = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
@@ -77,47 +76,59 @@ class NasBench201Network(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_classes", num_classes),
-            ("in_channels", in_channels),
-            ("channels", channels),
-            ("cells_per_stage", cells_per_stage),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more")
+        check_counts(
+            num_classes=num_classes, in_channels=in_channels, channels=channels, cells_per_stage=cells_per_stage
+        )
         self.in_channels = in_channels
         self.normalization = channel_normalization(mean, std, in_channels)
         if image_size is not None:
-            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-            check_size(height, width, SMALLEST)
+            check_size(image_size, SMALLEST)
         self.genotype = chosen_genotype(genotype, random, inputs=1)
 
         make_norm: MakeNorm = partial(norm_layer, norm)
         cell_norm: MakeNorm = partial(norm_layer, norm, affine=affine)
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), make_norm(channels))
-        self.cells = nn.ModuleList()
-        for stage in range(3):
-            if stage > 0:
-                self.cells.append(ResidualReduction(channels, 2 * channels, make_norm))
-                channels *= 2
-            self.cells.extend(
-                NasBench201Cell(self.genotype, channels, cell_norm, pool_norm) for _ in range(cells_per_stage)
-            )
-        self.norm = make_norm(channels)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.cells = stacked(
+            lambda width: NasBench201Cell(self.genotype, width, cell_norm, pool_norm),
+            channels,
+            cells_per_stage,
+            make_norm,
+        )
+        self.norm = make_norm(4 * channels)
+        self.classifier = nn.Linear(4 * channels, num_classes)
         if weights is not None:
             load_weights(self, weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
         check_images(images, self.in_channels)
-        check_size(images.shape[2], images.shape[3], SMALLEST)
+        check_size((images.shape[2], images.shape[3]), SMALLEST)
         features = self.stem(images)
         for cell in self.cells:
             features = cell(features)
         features = torch.relu(self.norm(features))
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits
+
+
+def stacked(
+    make_cell: Callable[[int], nn.Module], channels: int, cells_per_stage: int, make_norm: MakeNorm
+) -> nn.ModuleList:
+    """Three stages of cells, of ``channels``, 2 and 4 times as many, with a residual reduction between two.
+
+    Args:
+        make_cell: Makes a cell of so many channels.
+        channels: Of the first stage.
+        cells_per_stage: Cells of each stage.
+        make_norm: Makes the norms of the reductions.
+    """
+    cells = nn.ModuleList()
+    for stage in range(3):
+        width = channels * 2**stage
+        if stage > 0:
+            cells.append(ResidualReduction(width // 2, width, make_norm))
+        cells.extend(make_cell(width) for _ in range(cells_per_stage))
+    return cells
 
 
 class NasBench201Cell(nn.Module):

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from lightning_automl.models.derivation import Edges, cell_edges
 from lightning_automl.models.genotype import Genotype
 from lightning_automl.models.genotype_network import check_size
-from lightning_automl.models.layers import Norm, check_images, norm_layer
-from lightning_automl.models.nasbench201 import SMALLEST, NasBench201Network, ResidualReduction
+from lightning_automl.models.layers import Norm, check_counts, check_images, norm_layer
+from lightning_automl.models.nasbench201 import SMALLEST, NasBench201Network, ResidualReduction, stacked
 from lightning_automl.models.ops import NASBENCH201_OPERATIONS, MakeNorm
 from lightning_automl.models.relaxations import Mixture, Relaxation
 from lightning_automl.models.search_cell import MixedOp, cell_nodes
 from lightning_automl.models.supernet import CellSpace
-from lightning_automl.rundir import UserError
 
 #: Nodes of a cell beside its input.
 NODES = 3
@@ -60,17 +59,11 @@ class NasBench201Space(CellSpace):
         affine: bool = False,
         fused: bool = True,
     ) -> None:
-        for name, value in (
-            ("num_classes", num_classes),
-            ("in_channels", in_channels),
-            ("channels", channels),
-            ("cells_per_stage", cells_per_stage),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more")
+        check_counts(
+            num_classes=num_classes, in_channels=in_channels, channels=channels, cells_per_stage=cells_per_stage
+        )
         if image_size is not None:
-            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-            check_size(height, width, SMALLEST)
+            check_size(image_size, SMALLEST)
         wiring = cell_edges(1, NODES)
         super().__init__({"normal": wiring}, operations, relaxation)
         self.num_classes = num_classes
@@ -81,22 +74,19 @@ class NasBench201Space(CellSpace):
         make_norm: MakeNorm = partial(norm_layer, norm)
         cell_norm: MakeNorm = partial(norm_layer, norm, affine=affine)
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), make_norm(channels))
-        self.cells = nn.ModuleList()
-        for stage in range(3):
-            if stage > 0:
-                self.cells.append(ResidualReduction(channels, 2 * channels, make_norm))
-                channels *= 2
-            self.cells.extend(
-                NasBench201SearchCell(channels, wiring, self.operations, self.relaxation, cell_norm, fused)
-                for _ in range(cells_per_stage)
-            )
-        self.norm = make_norm(channels)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.cells = stacked(
+            lambda width: NasBench201SearchCell(width, wiring, self.operations, self.relaxation, cell_norm, fused),
+            channels,
+            cells_per_stage,
+            make_norm,
+        )
+        self.norm = make_norm(4 * channels)
+        self.classifier = nn.Linear(4 * channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
         check_images(images, self.in_channels)
-        check_size(images.shape[2], images.shape[3], SMALLEST)
+        check_size((images.shape[2], images.shape[3]), SMALLEST)
         mixture = self.mixtures()["normal"]
         features = self.stem(images)
         for cell in self.cells:

@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor, nn
 
-from lightning_automl.models.layers import channel_normalization, check_images, resize_images
+from lightning_automl.models.layers import channel_normalization, check_counts, check_images, resize_images
 from lightning_automl.models.weights import first_convolution, is_loading, load_weights
 from lightning_automl.rundir import UserError
 
@@ -89,9 +89,7 @@ class Backbone(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise UserError(f"{argument} is {value}; it must be 1 or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         normalization = channel_normalization(mean, std, in_channels)
         self.name = name
         self.in_channels = in_channels

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_automl.models.layers import channel_normalization, check_images, norm_layer
+from lightning_automl.models.layers import channel_normalization, check_counts, check_images, norm_layer
 from lightning_automl.models.weights import load_weights
 from lightning_automl.rundir import UserError
 
@@ -57,9 +57,7 @@ class ResNet(nn.Module):
         if depth < 8 or depth % 6 != 2:
             near = max(8, round((depth - 2) / 6) * 6 + 2)
             raise UserError(f"a ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110, …), not {depth}; try {near}")
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels, width=width)
         if shortcut not in ("A", "B"):
             raise UserError(f"unknown shortcut {shortcut!r}; known: A, B")
         self.in_channels = in_channels

@@ -6,7 +6,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_automl.models.layers import channel_normalization, check_images, check_probability, resize_images
+from lightning_automl.models.layers import (
+    channel_normalization,
+    check_counts,
+    check_images,
+    check_probability,
+    resize_images,
+)
 from lightning_automl.models.weights import load_weights
 from lightning_automl.rundir import UserError
 
@@ -126,13 +132,7 @@ class EfficientNet(nn.Module):
 
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        for name, value in (
-            ("num_classes", num_classes),
-            ("in_channels", in_channels),
-            ("image_size", min(height, width)),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels, image_size=min(height, width))
         if stem_stride not in (None, 1, 2):
             raise UserError(f"stem_stride is {stem_stride}; give 1 or 2, or leave it out")
         check_probability("dropout", dropout)

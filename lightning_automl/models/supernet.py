@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_automl.models.derivation import Edges, cell_edges
 from lightning_automl.models.genotype import Genotype
 from lightning_automl.models.genotype_network import SMALLEST, GenotypeNetwork, check_size
-from lightning_automl.models.layers import Norm, check_images, norm_layer
+from lightning_automl.models.layers import Norm, check_counts, check_images, norm_layer
 from lightning_automl.models.nasbench201 import NasBench201Network
 from lightning_automl.models.ops import DARTS_OPERATIONS, OPS, operation
 from lightning_automl.models.relaxations import Mixture, Relaxation, SoftmaxRelaxation
@@ -180,22 +180,14 @@ class DartsSpace(CellSpace):
         max_skips: int | None = None,
         fused: bool = True,
     ) -> None:
-        for name, value, least in (
-            ("num_classes", num_classes, 1),
-            ("in_channels", in_channels, 1),
-            ("channels", channels, 1),
-            ("cells", cells, 3),
-            ("nodes", nodes, 1),
-            ("stem_multiplier", stem_multiplier, 1),
-            ("max_skips", 0 if max_skips is None else max_skips, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be {least} or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels, channels=channels)
+        check_counts(3, cells=cells)
+        check_counts(nodes=nodes, stem_multiplier=stem_multiplier)
+        check_counts(0, max_skips=0 if max_skips is None else max_skips)
         if channels % 2:
             raise UserError(f"channels is {channels}; it must be even, as half of them come from every other pixel")
         if image_size is not None:
-            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-            check_size(height, width, SMALLEST)
+            check_size(image_size, SMALLEST)
         wiring = cell_edges(2, nodes)
         super().__init__({"normal": wiring, "reduce": wiring}, operations, relaxation)
         self.num_classes = num_classes
@@ -227,7 +219,7 @@ class DartsSpace(CellSpace):
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
         check_images(images, self.in_channels)
-        check_size(images.shape[2], images.shape[3], SMALLEST)
+        check_size((images.shape[2], images.shape[3]), SMALLEST)
         mixtures = self.mixtures()
         state0 = state1 = self.stem(images)
         cell: Any
