@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from optuna.trial import TrialState
+from two_ranks import part
 
 from lightning_automl.callbacks import (
     AtomicCheckpointIO,
@@ -424,6 +425,7 @@ def on_rank(rank):
     if first:
         found["different"]["reports"] = list(trial.intermediate_values.values())
     Path(f"rank{rank}.json").write_text(json.dumps(found))
+    part()
 
 
 def in_users_script(url):
@@ -443,10 +445,12 @@ def in_users_script(url):
         study.optimize(train, n_trials=1)
     else:
         train(None)
+    part()
 
 
 def environment(**others):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **others}
+    tests = str(Path(__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests, **others}
 
 
 @pytest.fixture(scope="module")
