@@ -16,6 +16,7 @@ import yaml
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler, TPESampler
 
+from lightning_automl.durations import seconds_of
 from lightning_automl.mistakes import one_sentence, root_cause
 from lightning_automl.rundir import UserError
 from lightning_automl.search.pruners import check_pruner
@@ -391,21 +392,6 @@ def _check_segments(trainer: Mapping[str, Any], ready: int) -> None:
         raise UserError(
             f"ready is {ready} epochs and the run is validated every {every} epochs; give a multiple of {every}"
         )
-
-
-def seconds_of(key: str, text: str | float | None) -> float | None:
-    """Seconds of ``90``, ``90s``, ``30m`` or ``2h``.
-
-    Raises:
-        UserError: If it is no time above zero.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(text))
-    value = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
-    if value <= 0:
-        raise UserError(f"{key} is {text!r}; give a time above zero as 90s, 30m or 2h")
-    return value
 
 
 def _beside(name: str, files: Sequence[Path], key: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a process of the trial server does for a search: read fit configs, and be one rank of a trial."""
+"""What a process of the trial server does for a search: read fit configs, look at images, be one rank of a trial."""
 
 import csv
 import os
@@ -25,8 +25,20 @@ def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     keep_freed_memory()
     adapt_jsonargparse()
     see_working_directory()
-    actions = {"resolve": _resolve, "check": _check, "fit": _fit, "density": score_fold}
+    actions = {"resolve": _resolve, "check": _check, "fit": _fit, "density": score_fold, "look": _look}
     return actions[payload["do"]](payload, channel)
+
+
+def _look(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """What is seen of the images of ``auto`` before anything is trained, and where we are."""
+    from lightning_automl.auto.look import look
+
+    facts = look(
+        payload["data"],
+        Path(payload["directory"]),
+        **{key: payload[key] for key in ("modality", "image_size", "folds", "budget")},
+    )
+    return {"facts": facts.to_dict(), "environment": environment(payload["seed"])}
 
 
 class _Reader(AutoMLCLI):

@@ -17,7 +17,7 @@ FLOOR = {
         "models": 1,
     },
     **{"adapters": 1, "losses": 1, "augment": 1, "metrics": 1, "plots": 1},
-    **{"rundir": 0, "image_files": 0, "mistakes": 0, "__version__": 0},
+    **{"rundir": 0, "image_files": 0, "mistakes": 0, "durations": 0, "__version__": 0},
 }
 
 
