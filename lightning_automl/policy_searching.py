@@ -5,7 +5,6 @@ is what this comparison says.
 """
 
 import logging
-import math
 import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +26,7 @@ from lightning_automl.searching import Search, covering
 from lightning_automl.studies.acceptance import SEARCHED, compare, policy_of, run_of
 from lightning_automl.studies.configs import TrialConfigs, of_fold, with_policy
 from lightning_automl.studies.files import StudyFiles
-from lightning_automl.studies.policies import FoldSearches, fold_run
+from lightning_automl.studies.policies import FoldSearches, fold_run, record_of_search
 from lightning_automl.studies.progress import Pace, bar
 from lightning_automl.studies.runs import directory_of
 from lightning_automl.studies.workers import Workers
@@ -163,18 +162,10 @@ class _PolicySearch(SearchCommand):
         compared = self._cost(sorted(acceptance.glob("*/fold-*")))
         searched = self.directory / "searched_policy.json"
         policy = load_policy(searched) if searched.exists() else None
-        record = {
-            "version": 1,
-            "method": type(self.method).__name__,
-            "arguments": self.method.arguments(),
-            "space": self.method.space.to_dict(),
-            "folds": self.given.folds,
-            "trials": self.given.trials,
-            "kept": list(kept),
+        record = record_of_search(self.method, self.given.folds, self.given.trials, kept) | {
             "sub_policies": len(policy) if isinstance(policy, Policy) else 0,
             "seconds": {**{name: seconds for name, (_, seconds) in stages.items()}, "acceptance": compared[1]},
             "epochs": {**{name: epochs for name, (epochs, _) in stages.items()}, "acceptance": compared[0]},
-            "acceptance": None,
         }
         return record | further
 
@@ -304,16 +295,7 @@ class FastAutoAugment(_PolicySearch):
                 self._compared(),
             )
             self.searches.run()
-            kept = self.searches.kept()
-            if not kept:
-                reasons = [each.reason for scored in self.searches.rounds().values() for each in scored]
-                raise UserError(f"no policy was scored: {reasons[0] if reasons else 'there was none'}")
-            policy = merged(self.method.policies(), [each for _, _, each in kept])
-            log.info(
-                "%s kept, %s without repetitions",
-                counted(len(kept), "policy", "policies"),
-                counted(len(policy), "sub-policy", "sub-policies"),
-            )
+            policy = self.searches.policy()
             self._keep_searched(policy)
             self._write()
             acceptance = self._accept(policy, workers)
@@ -325,20 +307,9 @@ class FastAutoAugment(_PolicySearch):
     def _write(self, acceptance: Mapping[str, Any] | None = None) -> None:
         """Write the table of trials and the record."""
         self.searches.write_table()
-        kept = [
-            {
-                "fold": fold,
-                "round": number,
-                "number": self.searches.number(fold, number, each.number),
-                **_entry(self.method, each),
-            }
-            for fold, number, each in self.searches.kept()
-        ]
-        scored = [each for several in self.searches.rounds().values() for each in several]
-        record = self._record(
-            kept, evaluations=len(scored), identity_values=self.searches.identity_values(), acceptance=acceptance
-        )
-        record["seconds"]["density"] = round(math.fsum(each.seconds for each in scored), 3)
+        found = self.searches.record()
+        record = self._record(found.pop("kept"), **found | {"acceptance": acceptance})
+        record["seconds"]["density"] = self.searches.density_seconds()
         write_json(self.directory / "policy_search.json", record)
 
     def _stages(self) -> dict[str, list[Path]]:
@@ -424,22 +395,13 @@ class AutoAugment(_PolicySearch, Search):
         return best_of(scored, self.method.keep, "maximize" if self.directions[0] == "maximize" else "minimize")
 
     def _write(self, files: StudyFiles, best: Iterable[Scored], acceptance: Mapping[str, Any] | None) -> None:
-        kept = [{"fold": 0, "round": 0, "number": each.number, **_entry(self.method, each)} for each in best]
+        kept = [{"fold": 0, "round": 0, "number": each.number, **self.method.entry(each)} for each in best]
         evaluations = sum(trial.state.is_finished() for trial in files.study.get_trials(deepcopy=False))
         record = self._record(kept, evaluations=evaluations, identity_values=[], acceptance=acceptance)
         write_json(self.directory / "policy_search.json", record)
 
     def _stages(self) -> dict[str, list[Path]]:
         return {"trials": self._places}
-
-
-def _entry(method: PolicyMethod, scored: Scored) -> dict[str, Any]:
-    """Value and sub-policies of a policy that is kept."""
-    policy = method.policies().policy(scored.values)
-    return {
-        "value": scored.value,
-        "sub_policies": [[step.to_dict() for step in steps] for steps in policy.sub_policies],
-    }
 
 
 _COMMANDS: dict[type[PolicyMethod], Callable[..., SearchCommand]] = {

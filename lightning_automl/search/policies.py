@@ -260,6 +260,14 @@ class PolicyMethod(ABC):
         if self.keep > trials:
             raise UserError(f"keep is {self.keep}, of {trials} trials; give keep of {trials} or less, or more trials")
 
+    def entry(self, scored: Scored) -> dict[str, Any]:
+        """Value and sub-policies of a policy that is kept, as JSON can hold them."""
+        policy = self.policies().policy(scored.values)
+        return {
+            "value": scored.value,
+            "sub_policies": [[step.to_dict() for step in steps] for steps in policy.sub_policies],
+        }
+
     def arguments(self) -> dict[str, Any]:
         """What the constructor takes, as JSON can hold it."""
         sub_policies, length = self._sizes

@@ -165,22 +165,41 @@ def judge(
         several = mean_over_seeds(list(own.values()), bounded=not metric.endswith("loss"))
         rows = [{"fold": fold, "seed": seed, "value": value} for (fold, seed), value in own.items()]
         arms[name] = {"values": rows, **{key: several[key] for key in ("mean", "low", "high")}}
-    comparisons = [_compared(name, values[SEARCHED], values[name], sign, train_images, test_images) for name in SIMPLE]
+    comparisons = [
+        {"against": name, **paired(values[SEARCHED], values[name], direction, train_images, test_images)}
+        for name in SIMPLE
+    ]
     adopted = SEARCHED if all(each["better"] for each in comparisons) else _best_simple(arms, sign)
     record = {"metric": metric, "direction": direction, "arms": arms, "comparisons": comparisons, "adopted": adopted}
     return record | {"sentence": _sentence(record)}
 
 
-def _compared(
-    name: str, searched: Values, simple: Values, sign: int, train_images: int, test_images: int
-) -> dict[str, Any]:
-    differences = [searched[key] - simple[key] for key in searched]
-    if not all(map(math.isfinite, differences)):
-        nothing = dict.fromkeys(("difference", "low", "high", "p_value"), math.nan)
-        return {"against": name, **nothing, "better": False}
+def paired(searched: Values, simple: Values, direction: str, train_images: int, test_images: int) -> dict[str, Any]:
+    """Whether an arm is better than another one by more than chance, by runs on the same folds with the same seeds.
+
+    See :func:`judge` for the test. Of less than two pairs, of differences that all are equal, and where a run has
+    diverged, nothing is claimed.
+
+    Args:
+        searched: The arm in question, by fold and seed.
+        simple: The other one, at least for the same folds and seeds.
+        direction: ``maximize`` or ``minimize`` for the values.
+        train_images: Images that each run was trained on.
+        test_images: Images that each was validated on.
+
+    Returns:
+        ``difference`` (searched minus simple), ``low``, ``high`` (its interval at 95 %), ``p_value``, each NaN where it
+        is not known; ``better``.
+    """
+    sign = 1 if direction == "maximize" else -1
+    differences = [value - simple[key] for key, value in searched.items()]
+    nothing = dict.fromkeys(("difference", "low", "high", "p_value"), math.nan)
+    if not differences or not all(map(math.isfinite, differences)):
+        return {**nothing, "better": False}
+    if len(differences) == 1:
+        return {**nothing, "difference": differences[0], "better": False}
     found = corrected_resampled_t_test(differences, train_images, test_images)
     return {
-        "against": name,
         "difference": found.difference,
         "low": found.low,
         "high": found.high,
@@ -195,6 +214,12 @@ def _best_simple(arms: Mapping[str, Any], sign: int) -> str:
     return max(names, key=lambda name: sign * mean if math.isfinite(mean := arms[name]["mean"]) else -math.inf)
 
 
+def difference_words(metric: str, found: Mapping[str, Any]) -> str:
+    """What :func:`paired` has found, for a person: ``val_auroc +0.0021 [-0.0100, +0.0142]``."""
+    interval = f" [{found['low']:+.4f}, {found['high']:+.4f}]" if math.isfinite(found["low"]) else ""
+    return f"{metric} {found['difference']:+.4f}{interval}"
+
+
 def _sentence(record: Mapping[str, Any]) -> str:
     """What came of the comparison, for a person."""
     metric = record["metric"]
@@ -203,8 +228,7 @@ def _sentence(record: Mapping[str, Any]) -> str:
         name = SIMPLE[each["against"]][1]
         verb = "beats" if each["better"] else "does not beat"
         if math.isfinite(each["difference"]):
-            interval = f" [{each['low']:+.4f}, {each['high']:+.4f}]" if math.isfinite(each["low"]) else ""
-            told.append(f"{verb} {name} ({metric} {each['difference']:+.4f}{interval})")
+            told.append(f"{verb} {name} ({difference_words(metric, each)})")
         else:
             told.append(f"cannot be compared with {name}, since a run has diverged")
     linked = " and ".join(told)

@@ -3,15 +3,16 @@
 import csv
 import io
 import logging
+import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_automl.augment import Identity, OperationSpace, save_policy
-from lightning_automl.rundir import read_json, write_json, write_text
+from lightning_automl.augment import Identity, OperationSpace, Policy, save_policy
+from lightning_automl.rundir import UserError, read_json, write_json, write_text
 from lightning_automl.search.fast_autoaugment import FastAutoAugmentSearch, read_round, record_of
-from lightning_automl.search.policies import Scored, best_of
+from lightning_automl.search.policies import PolicyMethod, Scored, best_of, merged
 from lightning_automl.studies.configs import closed, of_fold, to_its_end, with_policy
 from lightning_automl.studies.progress import Pace, bar
 from lightning_automl.studies.workers import Workers
@@ -44,6 +45,29 @@ def fold_run(
     return config
 
 
+def record_of_search(
+    method: PolicyMethod, folds: int, trials: int, kept: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What ``policy_search.json`` says of any method.
+
+    Args:
+        method: How policies were searched.
+        folds: That were searched on.
+        trials: Policies of a round, or of all.
+        kept: Fold, round and number of each policy that is kept, and its :meth:`PolicyMethod.entry`.
+    """
+    return {
+        "version": 1,
+        "method": type(method).__name__,
+        "arguments": method.arguments(),
+        "space": method.space.to_dict(),
+        "folds": folds,
+        "trials": trials,
+        "kept": list(kept),
+        "acceptance": None,
+    }
+
+
 class FoldSearches:
     """Trains a network for each fold and lets it score policies; what is done is not done again.
 
@@ -54,10 +78,11 @@ class FoldSearches:
             ``density/fold-K-round-T.jsonl``.
         method: How policies are searched.
         folds: Number of folds that are searched on.
-        apart: Number of further folds, which no run sees.
+        apart: Number of further folds, the last ones, which no run sees.
         trials: Policies of a round.
         seed: Of the sampler.
         sampler: Spec of a sampler, or None.
+        between: Number of folds between these, which networks are trained on and policies are not scored on.
     """
 
     def __init__(
@@ -72,13 +97,15 @@ class FoldSearches:
         trials: int,
         seed: int,
         sampler: Mapping[str, Any] | None,
+        between: int = 0,
     ) -> None:
         self.workers = workers
         self.base = base
         self.directory = directory
         self.method = method
         self.folds = folds
-        self.apart = range(folds, folds + apart)
+        self.all_folds = folds + between + apart
+        self.apart = range(folds + between, self.all_folds)
         self.trials = trials
         self.seed = seed
         self.sampler = sampler
@@ -103,9 +130,8 @@ class FoldSearches:
         """
         done = sum(len(scored) for scored in self.rounds().values())
         pace = Pace(self.evaluations, done)
-        all_folds = self.folds + len(self.apart)
         configs = [
-            fold_run(self.base, self.directory, self.method.space, fold, all_folds, self.apart)
+            fold_run(self.base, self.directory, self.method.space, fold, self.all_folds, self.apart)
             for fold in range(self.folds)
         ]
         with bar("policies", self.evaluations) as advance:
@@ -200,6 +226,37 @@ class FoldSearches:
             for (fold, number), scored in self.rounds().items()
             for each in best_of(scored, self.method.keep)
         ]
+
+    def policy(self) -> Policy:
+        """What is found: the sub-policies of all that are kept, each once.
+
+        Raises:
+            UserError: If no policy has a value.
+        """
+        kept = self.kept()
+        if not kept:
+            reasons = [each.reason for scored in self.rounds().values() for each in scored]
+            raise UserError(f"no policy was scored: {reasons[0] if reasons else 'there was none'}")
+        policy = merged(self.method.policies(), [each for _, _, each in kept])
+        log.info("policies kept: %d; sub-policies without repetitions: %d", len(kept), len(policy))
+        return policy
+
+    def record(self) -> dict[str, Any]:
+        """What ``policy_search.json`` says of the search itself; it has no costs and no comparison."""
+        kept = [
+            {"fold": fold, "round": turn, "number": self.number(fold, turn, each.number), **self.method.entry(each)}
+            for fold, turn, each in self.kept()
+        ]
+        evaluations = sum(len(scored) for scored in self.rounds().values())
+        return {
+            **record_of_search(self.method, self.folds, self.trials, kept),
+            "evaluations": evaluations,
+            "identity_values": self.identity_values(),
+        }
+
+    def density_seconds(self) -> float:
+        """What the scoring of all policies has cost, summed over folds."""
+        return round(math.fsum(each.seconds for scored in self.rounds().values() for each in scored), 3)
 
     def identity_values(self) -> list[float | None]:
         """What the network of each fold gives for images that nothing was done to; None where it is not known yet."""
