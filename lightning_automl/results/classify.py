@@ -19,22 +19,24 @@ _SHOWN = 20
 def classify(source: str | Path, images: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write a table of image files with their most probable class and the probability of each class.
 
-    The columns are ``file``, ``label`` and ``probability_<class>``. Files of a folder are named as seen from it, so
-    that ``FolderDataModule(folder, labels=table)`` reads the table; if more than one folder, file or list is given, all
-    files are named as seen from here. Files that cannot be read are not in it and are listed at the end.
+    The columns are ``file``, ``label`` and ``probability_<class>``; of a model of ``auto``, whose probabilities are
+    calibrated, also ``unsure`` after ``label``: ``yes`` where the model is less sure of its label than of nine in ten
+    validation images, else ``no``. Files of a folder are named as seen from it, so that ``FolderDataModule(folder,
+    labels=table)`` reads the table; if more than one folder, file or list is given, all files are named as seen from
+    here. Files that cannot be read are not in it and are listed at the end.
 
     Args:
-        source: A run directory, or an ``.onnx`` file that ``export`` has written.
+        source: A run directory, a directory of ``auto``, or an ``.onnx`` file that ``export`` has written.
         images: Folders (looked through with their sub-folders), image files, and lists of files: a ``.txt`` with one
             path a line, or a ``.csv`` with a column ``file``, separated by commas, semicolons or tabs; a path that is
             not there from here is looked for beside the list.
-        out: The CSV file; ``classified.csv`` in the run directory by default.
+        out: The CSV file; ``classified.csv`` in the directory by default.
 
     Returns:
         Path of the table.
 
     Raises:
-        UserError: If there is no image, or none that can be read.
+        UserError: If there is no image, or none that can be read, or ``auto`` has no model yet.
     """
     source = Path(source)
     if out is None and source.suffix == ".onnx":
@@ -51,12 +53,14 @@ def classify(source: str | Path, images: Sequence[str | Path], out: str | Path |
     as_given: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
     with replacing(target) as partial, partial.open("w", newline="", **as_given) as file:
         table = csv.writer(file)
-        table.writerow(["file", "label", *(f"probability_{name}" for name in predictor.class_names)])
+        unsure = [] if predictor.unsure_below is None else ["unsure"]
+        table.writerow(["file", "label", *unsure, *(f"probability_{name}" for name in predictor.class_names)])
         for part in predictor.stream(list(names)):
             broken |= part.broken
-            for path, row in zip(part.files, part.probabilities, strict=True):
+            for number, (path, row) in enumerate(zip(part.files, part.probabilities, strict=True)):
                 label = predictor.class_names[int(row.argmax())]
-                table.writerow([names[path], label, *(f"{value:.6g}" for value in row)])
+                flag = [] if part.unsure is None else ["yes" if part.unsure[number] else "no"]
+                table.writerow([names[path], label, *flag, *(f"{value:.6g}" for value in row)])
         if len(broken) == len(names):
             raise UserError(f"none of the {len(names)} image files can be read: {_some(broken, names)}")
     log.info("%d images are labelled in %s", len(names) - len(broken), target)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_automl import __version__
 from lightning_automl.results.compress import Compression, compressed_task
-from lightning_automl.results.network import DIVERGED, Trained, probabilities, trained_task, what_was_trained
+from lightning_automl.results.ensemble import SMALLEST, Ensemble
+from lightning_automl.results.network import (
+    DIVERGED,
+    Trained,
+    probabilities,
+    read_source,
+    trained_task,
+    what_was_trained,
+)
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import DisagreementError, UserError, check_target, replacing, write_json
 
@@ -46,12 +54,17 @@ def export(
     more than 8 bits: what became 0 and 1 of each channel), and ``probabilities``, how they follow from the logits; of
     a compressed network also ``low_rank``, the arguments of the ``LowRankConfig`` that makes its layers again.
 
+    The model of a directory of ``auto`` is one network, whatever the number of its members: its logits are calibrated,
+    and the metadata hold also ``unsure_below`` and ``threshold`` (see :class:`Predictor`), ``temperature``,
+    ``members``, their number, and ``averaging``, how the logits follow from theirs. In ``safetensors`` the names of
+    the tensors of each member's task begin with ``members.0.``, ``members.1.``, …
+
     Args:
-        directory: A run directory.
+        directory: A run directory, or a directory of ``auto`` that has come to its end.
         format: ``onnx``, ``torch`` (torch.export) or ``safetensors``.
-        out: The file; ``model.onnx``, ``model.pt2`` or ``model.safetensors`` in the run directory by default.
+        out: The file; ``model.onnx``, ``model.pt2`` or ``model.safetensors`` in the directory by default.
         tolerance: Largest difference between the outputs of file and network for random images, as a share of the
-            largest output where that is above 1.
+            largest output where that is above 1; of an average, the largest that a member gives.
         compress: Make the network smaller before, as ``energy=0.95`` or ``flops=0.5,form=spatial,finetune=2``, see
             :class:`~lightning_automl.results.compress.Compression`. What that costs in accuracy on the validation split
             is written to ``compression.json`` in the run directory; the file is ``model_compressed.onnx`` by default.
@@ -60,8 +73,8 @@ def export(
         Path of the file.
 
     Raises:
-        UserError: If the run has no finished epoch or is an architecture search, onnx is not installed, or the network
-            cannot be compressed so.
+        UserError: If the run has no finished epoch or is an architecture search, ``auto`` has no model yet, onnx is not
+            installed, or the network cannot be compressed so.
         DisagreementError: If the outputs differ by more; no file is left.
     """
     import torch
@@ -73,15 +86,20 @@ def export(
     if format == "onnx":
         _require_onnx()
     wanted = Compression.parse(compress) if isinstance(compress, str) else compress
-    run = Run.read(directory)
-    trained = what_was_trained(run)
+    source = read_source(directory)
+    if isinstance(source, Ensemble) and wanted is not None:
+        raise UserError(
+            f"the model of {directory} is an average of calibrated networks, and only the network of a run can be "
+            f"compressed; give {source.places[0]}"
+        )
+    trained = what_was_trained(source)
     name = "model" if wanted is None else "model_compressed"
-    target = Path(out) if out is not None else run.directory / f"{name}{SUFFIXES[format]}"
+    target = Path(out) if out is not None else source.directory / f"{name}{SUFFIXES[format]}"
     if target.suffix != SUFFIXES[format]:
         raise UserError(f"a file of the format {format} ends with {SUFFIXES[format]}, not {target.name!r}")
     check_target(target)
-    task: Any = trained_task(run)
-    if isinstance(getattr(task, "model", None), Supernet):
+    task: Any = trained_task(source)
+    if any(isinstance(module, Supernet) for module in task.modules()):
         raise UserError(
             f"{directory} is an architecture search, whose network holds all candidates; train the network of its "
             f"genotype (--model.model GenotypeNetwork --model.model.genotype {directory}) and export that run"
@@ -90,13 +108,16 @@ def export(
         if not task(torch.zeros(1, trained.channels, *trained.image_size)).isfinite().all():
             raise UserError(DIVERGED.format(directory))
     if format == "safetensors" and not getattr(task, "mergeable", True):
+        places = source.places if isinstance(source, Ensemble) else [source.directory]
+        kept = ", ".join(str(place / "adapter") for place in places if (place / "adapter").exists())
         raise UserError(
             f"the adapter of {directory} stays beside the layers, and no plain network could read its tensors; take "
-            f"onnx or torch, or {run.directory / 'adapter'}, which load_adapter and peft read"
+            f"onnx or torch{f', or {kept}, which load_adapter and peft read' if kept else ''}"
         )
     record: dict[str, Any] = {}
     if wanted is not None:
-        task, record = compressed_task(run, task, wanted)
+        assert isinstance(source, Run)
+        task, record = compressed_task(source, task, wanted)
     write, read = _FORMATS[format]
     deployed: Any = task.deployed() if hasattr(task, "deployed") else task  # without LoRA beside its layers
     deployed.low_rank = getattr(task, "low_rank", None)
@@ -110,7 +131,9 @@ def export(
             )
     log.info("%s: outputs differ by at most %.2g from the network's", target, difference)
     if record:
-        write_json(run.directory / "compression.json", record | {"file": str(target), "bytes": target.stat().st_size})
+        write_json(
+            source.directory / "compression.json", record | {"file": str(target), "bytes": target.stat().st_size}
+        )
     return target
 
 
@@ -125,7 +148,7 @@ def _difference(task: Any, trained: Trained, exported: "Callable[[Tensor], Tenso
         images = torch.rand(shape, generator=generator) * torch.linspace(0, 1, batch + 1)[1:, None, None, None]
         images = images * torch.linspace(0, 1, shape[-1]) * torch.linspace(0, 1, shape[-2])[:, None]
         expected, given = task(images), exported(images)
-        scale = max(1.0, float(expected.abs().max()))
+        scale = max(1.0, float(expected.abs().max()), float(task.largest(images)) if _is_average(task) else 0.0)
         differences = (expected - given).abs().max() / scale
         if not differences.isfinite():
             return float("inf")
@@ -133,15 +156,32 @@ def _difference(task: Any, trained: Trained, exported: "Callable[[Tensor], Tenso
     return largest
 
 
+def _is_average(task: Any) -> bool:
+    from lightning_automl.results.averaged import AveragedTask
+
+    return isinstance(task, AveragedTask)
+
+
 def _facts(task: Any, trained: Trained) -> dict[str, str]:
-    loss = getattr(task, "loss", None)
-    own = f"{type(loss).__name__}.probabilities" if hasattr(loss, "probabilities") else "softmax"
+    described = {"input": "float32 (batch, channels, height, width) in [0, 1]", "probabilities": _meaning(task)}
     facts = {name: getattr(trained, name) for name in ("class_names", "channels", "image_size", "window")}
-    written = {name: json.dumps(value) for name, value in facts.items()}
-    described = {"input": "float32 (batch, channels, height, width) in [0, 1]", "probabilities": own}
+    if _is_average(task):
+        facts |= {"unsure_below": trained.unsure_below, "threshold": trained.threshold}
+        facts |= {"temperature": task.temperature, "members": len(task.members)}
+        meanings = ", ".join(dict.fromkeys(map(_meaning, task.members)))
+        described["averaging"] = (
+            f"logits = log(max(mean over members of probabilities, {SMALLEST:g})) / temperature, where the "
+            f"probabilities of a member are {meanings} of its logits, and tensors are named members.<number from 0>.*"
+        )
     plan = getattr(task, "low_rank", None)
-    factors = {} if plan is None else {"low_rank": json.dumps(plan)}
-    return written | described | factors | {"lightning_automl": __version__}
+    facts |= {} if plan is None else {"low_rank": plan}
+    written = {name: json.dumps(value) for name, value in facts.items()}
+    return written | described | {"lightning_automl": __version__}
+
+
+def _meaning(task: Any) -> str:
+    loss = getattr(task, "loss", None)
+    return f"{type(loss).__name__}.probabilities" if hasattr(loss, "probabilities") else "softmax"
 
 
 @contextmanager

@@ -1,16 +1,20 @@
-"""The trained network of a run directory, built again without its data."""
+"""The trained network of a run directory, or the model of a directory of ``auto``, built again without its data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 from lightning_automl.mistakes import one_sentence, root_cause
+from lightning_automl.results.ensemble import Ensemble, is_of_auto
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
     from torch import Tensor
+
+    from lightning_automl.results.averaged import AveragedTask
 
 #: What the data know, by attribute of the data module, and the argument of the task or its network that it becomes.
 FROM_DATA = (
@@ -30,12 +34,16 @@ class Trained:
         channels: Channels of its images.
         image_size: Height and width of its images, in pixels.
         window: For each channel the values that become 0 and 255, or None for a network trained on 8-bit images.
+        threshold: Operating point of a calibrated model of two classes, see :class:`Ensemble`; else None.
+        unsure_below: Probability of the most probable class below which the model is unsure, or None.
     """
 
     class_names: list[str]
     channels: int
     image_size: tuple[int, int]
     window: list[list[float]] | None = None
+    threshold: float | None = None
+    unsure_below: float | None = None
 
 
 class _Data:
@@ -47,12 +55,26 @@ class _Data:
         self.image_size = image_size
 
 
-def what_was_trained(run: Run) -> Trained:
-    """Read what is known of the images that a run was trained on.
+def read_source(directory: str | Path) -> Run | Ensemble:
+    """Read what has a trained network: the directory of a run, or one of ``auto`` that has chosen its model.
+
+    Raises:
+        UserError: If it is neither, or ``auto`` has not come to its end.
+    """
+    directory = Path(directory)
+    return Ensemble.read(directory) if is_of_auto(directory) else Run.read(directory)
+
+
+def what_was_trained(source: Run | Ensemble) -> Trained:
+    """Read what is known of the images that a run or a model was trained on.
 
     Raises:
         UserError: If the run's data module says too little, or the run has not begun to train.
     """
+    if isinstance(source, Ensemble):
+        names = ("class_names", "channels", "image_size", "window", "threshold", "unsure_below")
+        return Trained(**{name: getattr(source, name) for name in names})
+    run = source
     missing = [name for name in ("class_names", "channels", "image_size") if name not in run.data]
     if missing:
         raise UserError(
@@ -63,14 +85,41 @@ def what_was_trained(run: Run) -> Trained:
     return Trained(run.data["class_names"], run.data["channels"], (height, width), run.data.get("window"))
 
 
-def trained_task(run: Run) -> "LightningModule":
+@overload
+def trained_task(source: Run) -> "LightningModule": ...
+@overload
+def trained_task(source: Ensemble) -> "AveragedTask": ...
+@overload
+def trained_task(source: Run | Ensemble) -> "LightningModule | AveragedTask": ...
+def trained_task(source: Run | Ensemble) -> "LightningModule | AveragedTask":
     """Build the task of a run with the weights of its best epoch, in evaluation mode, on the CPU.
 
+    That of a model of ``auto`` is an :class:`~lightning_automl.results.averaged.AveragedTask` of its members' tasks.
     The data need not be there, nor the weights that the training began with.
 
     Raises:
-        UserError: If no epoch is finished, or a class of the config cannot be built.
+        UserError: If no epoch is finished, a class of the config cannot be built, or a member is gone or of other data.
     """
+    return _averaged_task(source) if isinstance(source, Ensemble) else _task_of_run(source)
+
+
+def _averaged_task(ensemble: Ensemble) -> "AveragedTask":
+    from lightning_automl.results.averaged import AveragedTask
+
+    whole = what_was_trained(ensemble)
+    tasks = []
+    for place in ensemble.places:
+        if not place.is_dir():
+            raise UserError(f"{place}, a part of the model of {ensemble.directory}, is gone; restore it")
+        run = Run.read(place)
+        own = what_was_trained(run)
+        if any(getattr(own, name) != getattr(whole, name) for name in ("class_names", "channels", "image_size")):
+            raise UserError(f"{place} is of other images than the model of {ensemble.directory}; restore it")
+        tasks.append(_task_of_run(run))
+    return AveragedTask(tasks, ensemble.temperature).eval()
+
+
+def _task_of_run(run: Run) -> "LightningModule":
     import jsonargparse
     import torch
     from lightning.pytorch import LightningModule

@@ -1,10 +1,10 @@
-"""Class probabilities for new images, from a run directory or an exported ONNX file."""
+"""Class probabilities for new images, from a run directory, one of ``auto`` or an exported ONNX file."""
 
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_automl.image_files import ImageFile, decode_or_error, read_header, windowed
-from lightning_automl.results.network import DIVERGED, Trained, probabilities, trained_task, what_was_trained
-from lightning_automl.results.run import Run
+from lightning_automl.results.network import (
+    DIVERGED,
+    Trained,
+    probabilities,
+    read_source,
+    trained_task,
+    what_was_trained,
+)
 from lightning_automl.rundir import UserError
 
 
@@ -33,11 +39,14 @@ class Classified:
         files: Those that could be read.
         probabilities: float64 ``(files, classes)``.
         broken: The others, with the reason.
+        unsure: bool ``(files,)``: whether the model is unsure of an image, which is then better looked at by somebody;
+            None for a network that does not know.
     """
 
     files: list[Path]
     probabilities: NDArray[np.float64]
     broken: dict[Path, str]
+    unsure: NDArray[np.bool_] | None = None
 
 
 class Predictor:
@@ -47,17 +56,23 @@ class Predictor:
     size and channels as ``FolderDataModule`` does, whatever data module it was trained with.
 
     Args:
-        source: A run directory, or an ``.onnx`` file that ``export`` has written.
-        device: ``cpu`` or ``cuda`` for a run directory; ``cuda`` when there is one by default. onnxruntime takes the
-            best of what it was installed with.
+        source: A run directory, a directory of ``auto``, whose model gives calibrated probabilities, or an ``.onnx``
+            file that ``export`` has written of one of these.
+        device: ``cpu`` or ``cuda`` for a directory; ``cuda`` when there is one by default. onnxruntime takes the best
+            of what it was installed with.
 
     Attributes:
         class_names: One name a class, in the order of the probabilities.
         image_size: Height and width in pixels that images are resized to.
         channels: Channels that images are converted to.
+        unsure_below: Of a model of ``auto``: it is unsure of an image whose most probable class has less than this, in
+            [0, 1]; a tenth of the validation images had. None for other networks.
+        threshold: Of a model of ``auto`` with two classes: operating point on the probability of the second class, in
+            [0, 1], at which sensitivity and specificity together were best on validation images. The most probable
+            class, and so the label, does not depend on it. None for other networks.
 
     Raises:
-        UserError: If the source is neither, or no epoch of the run is finished.
+        UserError: If the source is none of these, no epoch of the run is finished, or ``auto`` has no model yet.
 
     Example:
         >>> predictor = Predictor("runs/mine")  # doctest: +SKIP
@@ -77,6 +92,8 @@ class Predictor:
         self.class_names = self._trained.class_names
         self.image_size = self._trained.image_size
         self.channels = self._trained.channels
+        self.unsure_below = self._trained.unsure_below
+        self.threshold = self._trained.threshold
 
     def arrays(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Probabilities ``(images, classes)`` of uint8 images ``(images, channels, height, width)``.
@@ -98,10 +115,12 @@ class Predictor:
     def files(self, files: Sequence[str | Path]) -> Classified:
         """Probabilities of image files of any size and mode; those that cannot be read are told apart."""
         parts = list(self.stream(files))
+        scores = np.concatenate([part.probabilities for part in parts] or [np.empty((0, len(self.class_names)))])
         return Classified(
             [file for part in parts for file in part.files],
-            np.concatenate([part.probabilities for part in parts] or [np.empty((0, len(self.class_names)))]),
+            scores,
             {file: reason for part in parts for file, reason in part.broken.items()},
+            self._unsure(scores),
         )
 
     def stream(self, files: Sequence[str | Path], batch_size: int = 32) -> Iterator[Classified]:
@@ -118,11 +137,16 @@ class Predictor:
                     waiting.append([pool.submit(self._pixels, file) for file in ahead])
                 results = [future.result() for future in waiting.pop(0)]
                 pixels = [result for result in results if not isinstance(result, str)]
+                scores = self.arrays(np.stack(pixels)) if pixels else np.empty((0, len(self.class_names)))
                 yield Classified(
                     [file for file, result in zip(batch, results, strict=True) if not isinstance(result, str)],
-                    self.arrays(np.stack(pixels)) if pixels else np.empty((0, len(self.class_names))),
+                    scores,
                     {file: result for file, result in zip(batch, results, strict=True) if isinstance(result, str)},
+                    self._unsure(scores),
                 )
+
+    def _unsure(self, scores: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+        return None if self.unsure_below is None else scores.max(1) < self.unsure_below
 
     def _pixels(self, path: Path) -> NDArray[np.uint8] | str:
         """Pixels ``(channels, height, width)`` as the network wants them, or why there are none."""
@@ -148,12 +172,12 @@ class Predictor:
 
 class _TorchNetwork:
     def __init__(self, directory: Path, device: str | None) -> None:
-        run = Run.read(directory)
-        self.trained = what_was_trained(run)
+        source = read_source(directory)
+        self.trained = what_was_trained(source)
         import torch
 
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.task = trained_task(run).to(self.device)
+        self.task = trained_task(source).to(self.device)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         import torch
@@ -182,7 +206,7 @@ class _OnnxNetwork:
         facts = self.session.get_modelmeta().custom_metadata_map
         if "class_names" not in facts:
             raise UserError(f"{path} does not say its classes; only files that `lightning-automl export` wrote will do")
-        values = {key: json.loads(facts[key]) for key in ("class_names", "channels", "image_size", "window")}
+        values = {key.name: json.loads(facts[key.name]) for key in fields(Trained) if key.name in facts}
         self.trained = Trained(**values | {"image_size": tuple(values["image_size"])})
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -120,6 +120,10 @@ def _config(directory: Path) -> dict[str, Any]:
             f"{directory} is the directory of a search; give that of a run, as {directory}/{part}, or the --dir "
             f"of fit --config {directory}/best.yaml"
         )
+    if isinstance(config, dict) and "auto" in config and "model" not in config:
+        raise UserError(
+            f"{directory} is the directory of auto, which holds many runs; give one of those below {directory}/runs"
+        )
     if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
         raise UserError(f"{path} is not the config of a run: it has no 'model' and 'trainer'; give the --dir of a fit")
     return config
