@@ -220,11 +220,14 @@ class FoldSearches:
         }
 
     def kept(self) -> list[tuple[int, int, Scored]]:
-        """Fold, round and trial of the policies that are kept: the best of each round."""
+        """Fold, round and trial of the policies that are kept: the best of each round, the same share of a part of one.
+
+        Of a round that was stopped early, as many as of a whole one would be hardly a choice.
+        """
         return [
             (fold, number, each)
             for (fold, number), scored in self.rounds().items()
-            for each in best_of(scored, self.method.keep)
+            for each in best_of(scored, self.method.keep * min(len(scored), self.trials) // self.trials)
         ]
 
     def policy(self) -> Policy:

@@ -1,6 +1,7 @@
 """Runs and other jobs of a search that are known beforehand, several at once, each on its part of the machine."""
 
 import contextlib
+import copy
 import errno
 import math
 import threading
@@ -49,23 +50,40 @@ class Workers:
         self.silence = silence
         self.limit = limit
         self.timeout = timeout
-        self._number = len(slices)
+        self.number = len(slices)
         self._deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._stopped = threading.Event()
         self._free: SimpleQueue[Slice] = SimpleQueue()
         for each in slices:
             self._free.put(each)
 
+    def within(self, seconds: float) -> "Workers":
+        """The same parts of the machine with an end of their own: what runs then is stopped by StudyFailed.
+
+        Args:
+            seconds: From now; the end of these workers stays an end.
+        """
+        own = copy.copy(self)  # the parts that are free are shared
+        own.timeout = seconds
+        own._deadline = min(self._deadline, time.monotonic() + seconds)
+        own._stopped = threading.Event()
+        return own
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the end has come."""
+        return time.monotonic() >= self._deadline
+
     def is_set(self) -> bool:
         """Whether all is to be stopped, as the trial server asks for it."""
-        return self._stopped.is_set() or time.monotonic() >= self._deadline
+        return self._stopped.is_set() or self.out_of_time
 
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Call ``work`` with every item, in as many threads as there are workers; the results in the items' order.
 
         The first error ends what is running and is raised.
         """
-        with ThreadPoolExecutor(self._number, thread_name_prefix="job") as pool:
+        with ThreadPoolExecutor(self.number, thread_name_prefix="job") as pool:
             try:
                 futures = [pool.submit(work, item) for item in items]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
