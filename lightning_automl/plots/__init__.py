@@ -1,5 +1,6 @@
 """Figures: data in, matplotlib figure out."""
 
+from lightning_automl.plots.activations import activation_overlay, class_activations
 from lightning_automl.plots.adapter_outputs import adapter_outputs
 from lightning_automl.plots.architecture import Curve, edge_strengths, genotype_values, over_epochs
 from lightning_automl.plots.calibration import reliability_diagram
@@ -32,9 +33,11 @@ __all__ = [
     "KeptOperation",
     "Segment",
     "acceptance_values",
+    "activation_overlay",
     "adapter_outputs",
     "best_so_far",
     "captioned_images",
+    "class_activations",
     "class_counts",
     "class_recall",
     "confusion_matrix",
