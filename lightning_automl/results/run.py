@@ -90,16 +90,20 @@ class Run:
 
     def predictions(self, split: str) -> Predictions | None:
         """Predictions of the best epoch for ``val``, those of the newest test for ``test``; None if there are none."""
-        path = self.directory / f"predictions_{split}.safetensors"
-        if not path.exists():
-            return None
-        from safetensors import safe_open
+        return read_predictions(self.directory / f"predictions_{split}.safetensors")
 
-        with safe_open(path, "np") as file:
-            origin = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no dictionary
-        probabilities = tensors["probabilities"].astype(np.float64)
-        return Predictions(probabilities, tensors["labels"], tensors.get("rows"), tensors.get("groups"), origin)
+
+def read_predictions(path: Path) -> Predictions | None:
+    """Read a file of predictions; None if there is none."""
+    if not path.exists():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        origin = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no dictionary
+    probabilities = tensors["probabilities"].astype(np.float64)
+    return Predictions(probabilities, tensors["labels"], tensors.get("rows"), tensors.get("groups"), origin)
 
 
 def _config(directory: Path) -> dict[str, Any]:
