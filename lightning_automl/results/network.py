@@ -120,15 +120,41 @@ def _averaged_task(ensemble: Ensemble) -> "AveragedTask":
 
 
 def _task_of_run(run: Run) -> "LightningModule":
-    import jsonargparse
     import torch
-    from lightning.pytorch import LightningModule
 
     from lightning_automl.models.weights import without_loading
 
     trained = what_was_trained(run)
     if not run.best_checkpoint.exists():
         raise UserError(f"{run.best_checkpoint} does not exist: no epoch of this run was finished")
+    try:
+        with without_loading():
+            task = build_task(run.config["model"], trained)
+    except Exception as error:
+        raise UserError(
+            f"the network of {run.directory} cannot be built again: {one_sentence(root_cause(error))}"
+        ) from error
+    load_base = getattr(task, "load_base", None)
+    if load_base is not None:  # of a task whose checkpoints lack what it has frozen
+        load_base(run.best_checkpoint.with_name("base.safetensors"))
+    try:
+        checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler that meets foreign bytes raises whatever it stumbles over
+        raise UserError(f"{run.best_checkpoint} cannot be read ({type(error).__name__}); it is damaged") from error
+    task.on_load_checkpoint(checkpoint)
+    task.load_state_dict(checkpoint["state_dict"])
+    return task.eval()
+
+
+def build_task(config: dict[str, Any], trained: Trained) -> "LightningModule":
+    """Build the task that the ``model`` of a ``fit`` config describes, for such images, with its first weights.
+
+    Raises:
+        Exception: Whatever jsonargparse, or a class of the config, raises where it cannot be built.
+    """
+    import jsonargparse
+    from lightning.pytorch import LightningModule
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model", required=True)
     parser.add_class_arguments(_Data, "data")
@@ -141,24 +167,8 @@ def _task_of_run(run: Run) -> "LightningModule":
         "channels": trained.channels,
         "image_size": list(trained.image_size),
     }
-    try:
-        with without_loading():
-            built = parser.instantiate(parser.parse_object({"model": run.config["model"], "data": data}))
-    except Exception as error:
-        raise UserError(
-            f"the network of {run.directory} cannot be built again: {one_sentence(root_cause(error))}"
-        ) from error
-    task: LightningModule = built.model
-    load_base = getattr(task, "load_base", None)
-    if load_base is not None:  # of a task whose checkpoints lack what it has frozen
-        load_base(run.best_checkpoint.with_name("base.safetensors"))
-    try:
-        checkpoint = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler that meets foreign bytes raises whatever it stumbles over
-        raise UserError(f"{run.best_checkpoint} cannot be read ({type(error).__name__}); it is damaged") from error
-    task.on_load_checkpoint(checkpoint)
-    task.load_state_dict(checkpoint["state_dict"])
-    return task.eval()
+    task: LightningModule = parser.instantiate(parser.parse_object({"model": config, "data": data})).model
+    return task
 
 
 def _attribute(name: str) -> Callable[[Any], Any]:
