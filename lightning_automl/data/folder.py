@@ -98,7 +98,7 @@ class FolderDataModule(ImageDataModule):
 
     def index(self) -> Index:
         """File names, labels, and the headers of the images."""
-        listed, class_names = self._list_files()
+        listed, class_names = _list_files(self.path, self.labels)
         files = _in_threads(read_header, [entry.path for entry in listed])
         if self.skip_broken:
             files = self._check_decoding(files)
@@ -232,20 +232,42 @@ class FolderDataModule(ImageDataModule):
                 )
 
     def _table(self) -> Path | None:
-        root = Path(self.path)
-        if self.labels is None:
-            return root / "labels.csv" if (root / "labels.csv").is_file() else None
-        for table in (Path(self.labels), root / self.labels):
-            if table.is_file():
-                return table
-        raise UserError(f"there is no table {self.labels}, neither here nor in {self.path}")
+        return _find_table(self.path, self.labels)
 
-    def _list_files(self) -> tuple[list[_Listed], list[str]]:
-        root = Path(self.path)
-        if not root.is_dir():
-            raise UserError(f"there is no folder {self.path}; give the folder that holds the images")
-        table = self._table()
-        return _list_folders(root) if table is None else _list_table(table, root)
+
+def read_headers(path: str, labels: str | None = None) -> list[ImageFile]:
+    """What the headers of all image files say, for whoever has to choose a size and a number of channels.
+
+    Args:
+        path: As of :class:`FolderDataModule`.
+        labels: Likewise.
+
+    Returns:
+        One a file, those that cannot be read with the reason as ``error``.
+
+    Raises:
+        UserError: If the folder is in no layout that is known.
+    """
+    listed, _ = _list_files(path, labels)
+    return _in_threads(read_header, [entry.path for entry in listed])
+
+
+def _find_table(path: str, labels: str | None) -> Path | None:
+    root = Path(path)
+    if labels is None:
+        return root / "labels.csv" if (root / "labels.csv").is_file() else None
+    for table in (Path(labels), root / labels):
+        if table.is_file():
+            return table
+    raise UserError(f"there is no table {labels}, neither here nor in {path}")
+
+
+def _list_files(path: str, labels: str | None) -> tuple[list[_Listed], list[str]]:
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {path}; give the folder that holds the images")
+    table = _find_table(path, labels)
+    return _list_folders(root) if table is None else _list_table(table, root)
 
 
 def _version(path: Path) -> tuple[int, int]:
