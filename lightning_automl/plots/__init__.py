@@ -12,6 +12,7 @@ from lightning_automl.plots.genotype import genotype_figure, operation_kind, wri
 from lightning_automl.plots.history import best_so_far, optimisation_history
 from lightning_automl.plots.importances import parameter_importances
 from lightning_automl.plots.intermediate import intermediate_values
+from lightning_automl.plots.leaderboard import Standing, leaderboard
 from lightning_automl.plots.parallel import parallel_coordinates
 from lightning_automl.plots.pareto import pareto_front
 from lightning_automl.plots.policies import (
@@ -24,6 +25,7 @@ from lightning_automl.plots.policies import (
     paired_differences,
 )
 from lightning_automl.plots.population import Segment, population_history, value_schedule
+from lightning_automl.plots.seeds import seed_curves
 from lightning_automl.plots.slices import value_slice
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "ImageRow",
     "KeptOperation",
     "Segment",
+    "Standing",
     "acceptance_values",
     "activation_overlay",
     "adapter_outputs",
@@ -46,6 +49,7 @@ __all__ = [
     "genotype_figure",
     "genotype_values",
     "intermediate_values",
+    "leaderboard",
     "learning_curves",
     "operation_kind",
     "operations_kept",
@@ -57,6 +61,7 @@ __all__ = [
     "pareto_front",
     "population_history",
     "reliability_diagram",
+    "seed_curves",
     "value_schedule",
     "value_slice",
     "write_genotype",

@@ -1,5 +1,6 @@
 """Sections about what the network predicted."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ _NAMES = {
 
 def scores(evidence: Evidence) -> Section | None:
     """The metrics of test and validation with their intervals; for two classes predictive values too."""
+    section = score_section(evidence)
+    if section is None or len(evidence.class_names) != 2:
+        return section
+    assert evidence.judged is not None
+    return Section(section.title, [*section.blocks, *_two_classes(evidence, evidence.judged)])
+
+
+def score_section(evidence: Evidence) -> Section | None:
+    """The metrics of test and validation with their intervals."""
     splits = [split for split in ("test", "val") if evidence.predictions(split) is not None]
     if not splits:
         return None
@@ -50,31 +60,43 @@ def scores(evidence: Evidence) -> Section | None:
             "against the rest."
         ),
     ]
-    if len(evidence.class_names) == 2:
-        blocks += _two_classes(evidence, judged)
     return Section("Metrics", blocks)
 
 
 def _two_classes(evidence: Evidence, judged: Predictions) -> list[Any]:
-    from lightning_automl.metrics import predictive_values
-
     hits, counts = recall_counts(judged, 2)
     if not counts.all():
         return []
     names = evidence.class_names
-    specificity, sensitivity = hits / counts
-    rows = []
-    for prevalence in sorted({0.01, 0.1, 0.5, float(counts[1] / counts.sum())}):
-        values = predictive_values(float(sensitivity), float(specificity), prevalence)
-        here = f" (as in {split_name(evidence.split)})" if prevalence == counts[1] / counts.sum() else ""
-        rows.append([f"{percent(prevalence)}{here}", percent(values.positive), percent(values.negative)])
+    specificity, sensitivity = (float(share) for share in hits / counts)
     text = (
         f"With {names[1]!r} as the positive class, sensitivity is {percent(sensitivity)} and specificity "
         f"{percent(specificity)}. How far an answer can be believed depends on how common {names[1]!r} is where the "
         "network is used:"
     )
+    share = float(counts[1] / counts.sum())
+    return [Text(text), prevalence_table(sensitivity, specificity, share, names, split_name(evidence.split))]
+
+
+def prevalence_table(sensitivity: float, specificity: float, share: float, names: Sequence[str], split: str) -> Table:
+    """What an answer is worth where the second class is rarer, or more common.
+
+    Args:
+        sensitivity: Share in [0, 1] of the second class that is found.
+        specificity: Share in [0, 1] of the first class that is left alone.
+        share: Of the second class in the split, in [0, 1].
+        names: Of the two classes.
+        split: Name of the split.
+    """
+    from lightning_automl.metrics import predictive_values
+
+    rows = []
+    for prevalence in sorted({0.01, 0.1, 0.5, share}):
+        values = predictive_values(sensitivity, specificity, prevalence)
+        here = f" (as in {split})" if prevalence == share else ""
+        rows.append([f"{percent(prevalence)}{here}", percent(values.positive), percent(values.negative)])
     head = [f"share of {names[1]!r}", f"right when it says {names[1]!r}", f"right when it says {names[0]!r}"]
-    return [Text(text), Table(head, rows)]
+    return Table(head, rows)
 
 
 def confusion(evidence: Evidence) -> Section | None:

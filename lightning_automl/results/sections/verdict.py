@@ -14,9 +14,9 @@ def verdict(evidence: Evidence) -> list[str]:
     """What a reader has to know, in two sentences; of an architecture search first what it has found."""
     found = search_verdict(evidence)
     if not found:
-        return [_state(evidence), _weakness(evidence)]
+        return [_state(evidence), weakness(evidence)]
     if evidence.judged is None:
-        return [*found, _state(evidence), _weakness(evidence)]
+        return [*found, _state(evidence), weakness(evidence)]
     state = _state(evidence)
     return [*found, f"The network of the search, which holds all operations: {state[0].lower()}{state[1:]}"]
 
@@ -55,7 +55,8 @@ def _state(evidence: Evidence) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _weakness(evidence: Evidence) -> str:
+def weakness(evidence: Evidence) -> str:
+    """The weakest class, or why nothing can be said of one."""
     judged = evidence.judged
     if judged is None and evidence.doubts:
         return "Look at its learning curves, and try a smaller learning rate."

@@ -1,0 +1,50 @@
+"""What was searched: the found architecture, and which hyper-parameters mattered."""
+
+from typing import Any
+
+from lightning_automl.results.architecture_search import ArchitectureRecord, Cells
+from lightning_automl.results.page import Notes, Section, Table, Text
+from lightning_automl.results.sections.architecture import architecture as of_run
+from lightning_automl.results.sections.architecture import drawing
+from lightning_automl.results.sections.architecture_words import cell_names, cell_words, warnings_of
+from lightning_automl.results.sections.study.space import importances as of_study
+from lightning_automl.results.sections.study.space import slices as of_slices
+from lightning_automl.results.strategy import StrategyRecord
+from lightning_automl.rundir import UserError, read_json
+
+_FOLDER = "architecture_search"
+
+
+def architecture(record: StrategyRecord) -> Section | None:
+    """The genotype of the chosen model, or the one that was found and not adopted."""
+    if record.evidence is not None and (found := of_run(record.evidence)) is not None:
+        return found
+    title = "Searched architecture"
+    try:
+        content = read_json(record.directory / "genotype.json") or read_json(
+            record.directory / _FOLDER / "genotype.json"
+        )
+        if content is None:
+            return None
+        cells = Cells.of(content)
+    except (UserError, ValueError) as error:
+        return Section(title, [Text(f"The genotype cannot be shown: {str(error).removesuffix('.')}.")])
+    rows = [[name, cell_words(cells, kind)] for kind, name in cell_names(cells).items()]
+    said = "It was found by PC-DARTS on the search folds, and is not what was chosen."
+    if record.chosen is None:
+        said = "It was found by PC-DARTS on the search folds; whether it is any better is not known yet."
+    blocks: list[Any] = [Text(said), drawing(genotype=cells), Table(["", ""], rows)]
+    search = ArchitectureRecord.read(record.directory / _FOLDER)
+    if search is not None:
+        blocks.append(Notes([*search.doubts, *warnings_of(search)]))
+    return Section(title, blocks)
+
+
+def importances(record: StrategyRecord) -> Section | None:
+    """Which hyper-parameters the values of the candidates hang on."""
+    return None if record.study is None else of_study(record.study)
+
+
+def slices(record: StrategyRecord) -> Section | None:
+    """The values of the candidates against each hyper-parameter."""
+    return None if record.study is None or not record.study.importances else of_slices(record.study)

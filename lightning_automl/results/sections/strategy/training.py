@@ -1,0 +1,29 @@
+"""How the final trainings went."""
+
+from lightning_automl.results.page import Section, Text, pictures
+from lightning_automl.results.run import Run
+from lightning_automl.results.sections.strategy.words import metric_name
+from lightning_automl.results.sections.wording import counted
+from lightning_automl.results.strategy import StrategyRecord
+from lightning_automl.rundir import UserError
+
+
+def curves(record: StrategyRecord) -> Section | None:
+    """Loss, and what decides, of each final training of the chosen model."""
+    if record.chosen is None:
+        return None
+    runs = []
+    for each in record.chosen.seeds:
+        try:
+            runs.append(Run.read(record.directory / each.directory).epochs)
+        except UserError:  # its directory was removed
+            continue
+    if not any(runs):
+        return None
+    from lightning_automl.plots import seed_curves
+
+    names = dict.fromkeys(("loss", record.metric.removeprefix("val_")))
+    drawn = {f"curve_{name}": seed_curves(runs, name) for name in names}
+    text = f"{counted(len(runs), 'final training')} of the chosen model, a line each."
+    text += f" Of each the epoch with the best validation {metric_name(record.metric)} is kept."
+    return Section("Learning curves", [pictures(**drawn), Text(text)])
