@@ -8,6 +8,7 @@ from torch import nn
 
 import lightning_automl.adapters
 import lightning_automl.tasks  # noqa: F401  # so that configs may name its classes in short
+from lightning_automl.parser import adapt_jsonargparse
 from lightning_automl.results.ensemble import Ensemble
 from lightning_automl.results.network import Trained, build_task
 from lightning_automl.rundir import write_json
@@ -17,6 +18,7 @@ TWO = Trained(["cat", "dog"], 1, (2, 2))
 
 def write_run(directory, model, trained, change):
     """Write what `fit` leaves of a task, after `change(task)` in place of training."""
+    adapt_jsonargparse()  # as the commands do: short names mean our classes
     task = build_task(model, trained)
     (directory / "checkpoints").mkdir(parents=True)
     if hasattr(task, "save_base"):
