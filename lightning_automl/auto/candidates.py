@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -86,16 +86,6 @@ class Candidate:
         config = copy.deepcopy(dict(self.config))
         _remove(config, _POLICY.split("."))
         return config
-
-    def with_policy(self, directory: Path, policy: str) -> "Candidate":
-        """The same with another policy, whose file is there.
-
-        Args:
-            directory: Of the strategy.
-            policy: Name of a file in its ``policies/``, without ``.json``.
-        """
-        config = with_policy(self.config, policy_file(directory, policy))
-        return replace(self, policy=policy, config=config, default=self.default and policy != SEARCHED)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``candidate.json`` in its directory says, for all who read there."""

@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from lightning_automl.auto.candidates import Candidate
+from lightning_automl.auto.clock import Clock
 from lightning_automl.auto.facts import Facts
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError, read_json, write_json
@@ -27,13 +28,6 @@ log = logging.getLogger("lightning_automl")
 BUDGET = "budget"
 
 _FAILURE = "failure.json"
-
-
-class Time(Protocol):
-    """What is asked of the clock."""
-
-    def left(self) -> float:
-        """Seconds of the budget that are left."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class Runs:
         clock: Tells how much time is left.
     """
 
-    def __init__(self, workers: Workers, directory: Path, facts: Facts, plan: Mapping[str, Any], clock: Time) -> None:
+    def __init__(self, workers: Workers, directory: Path, facts: Facts, plan: Mapping[str, Any], clock: Clock) -> None:
         self.workers = workers
         self.directory = directory
         self.folds = facts.folds
@@ -117,6 +111,15 @@ class Runs:
     def is_finished(self, job: Job) -> bool:
         """Whether it was trained to its end."""
         return (read_json(self.place(job) / "summary.json") or {}).get("status") == "finished"
+
+    def is_settled(self, job: Job) -> bool:
+        """Whether it is finished, or has failed and is not to be tried again."""
+        return self.is_finished(job) or self._failure(job) is not None
+
+    def _failure(self, job: Job) -> str | None:
+        """Why it has failed with this budget, if it has."""
+        known = read_json(self.place(job) / _FAILURE)
+        return known["reason"] if known is not None and known["budget"] == self.plan["budget"] else None
 
     def config_of(self, job: Job) -> dict[str, Any]:
         """The ``fit`` config of a run. It opens no test split.
@@ -145,9 +148,9 @@ class Runs:
         return max(planned, *own) if own else planned
 
     def wall_seconds(self, jobs: Sequence[Job]) -> float:
-        """How long several will take together, those that are finished not counted: the longest first."""
+        """How long several will take together, those that are settled not counted: the longest first."""
         ends = [0.0] * self.workers.number
-        for seconds in sorted((self.seconds(job) for job in jobs if not self.is_finished(job)), reverse=True):
+        for seconds in sorted((self.seconds(job) for job in jobs if not self.is_settled(job)), reverse=True):
             first = ends.index(min(ends))
             ends[first] += seconds
         return max(ends)
@@ -210,9 +213,8 @@ class Runs:
     def _one(self, workers: Workers, job: Job, forced: bool) -> Outcome:
         place = self.place(job)
         if not self.is_finished(job):
-            failure = read_json(place / _FAILURE)
-            if failure is not None and failure["budget"] == self.plan["budget"]:
-                return Outcome(None, failure["reason"], *self._cost(job), place)
+            if (failure := self._failure(job)) is not None:
+                return Outcome(None, failure, *self._cost(job), place)
             if not forced and self.clock.left() < self.seconds(job):
                 return Outcome(None, BUDGET, *self._cost(job), place)
             started = time.monotonic()
