@@ -22,13 +22,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
     parser.description = "Write report.html: one page that needs no network, about a run or a search, finished or not."
-    parser.add_argument("dir", type=Path, help="directory of a run or of a search")
+    parser.add_argument("dir", type=Path, help="directory of a run, of a search or of auto")
     return lambda given: report(given.dir)
 
 
 def _export(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
     parser.description = "Write the network of the best epoch, normalisation included, after checking its outputs."
-    parser.add_argument("dir", type=Path, help="run directory")
+    parser.add_argument("dir", type=Path, help="directory of a run or of auto")
     parser.add_argument("--format", choices=list(SUFFIXES), default="onnx", help="default: onnx; torch is torch.export")
     parser.add_argument("--out", type=Path, help="the file; DIR/model.<suffix> by default")
     parser.add_argument(
@@ -41,8 +41,10 @@ def _export(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], o
 
 
 def _classify(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
-    parser.description = "Write the label and the class probabilities of new images as CSV."
-    parser.add_argument("source", type=Path, metavar="dir", help="run directory, or an .onnx file made by export")
+    parser.description = (
+        "Write label and class probabilities of new images as CSV; a model of auto says where it is unsure."
+    )
+    parser.add_argument("source", type=Path, metavar="dir", help="directory of a run or of auto, or an .onnx file")
     parser.add_argument("images", type=Path, nargs="+", help="folders, images, or lists of files (.txt, .csv)")
     parser.add_argument("--out", type=Path, help="the CSV file; DIR/classified.csv by default")
     return lambda given: classify(given.source, given.images, given.out)

@@ -10,6 +10,7 @@ from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_automl.models import load_genotype
+from lightning_automl.results.ensemble import is_of_auto
 from lightning_automl.rundir import UserError
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,11 @@ def with_saved_config(arguments: list[str]) -> list[str]:
         raise UserError(
             f"{directory} is the directory of a search; give {command} the --dir of one of its runs, as "
             f"{directory / part}, or fit its best config by --config {directory / 'best.yaml'}"
+        )
+    if is_of_auto(directory):
+        raise UserError(
+            f"{directory} is the directory of auto, which holds many runs; give {command} the --dir of one of those "
+            f"below {directory / 'runs'}"
         )
     if config.exists():
         return [command, "--config", str(config), *rest]

@@ -20,6 +20,7 @@ from lightning_automl.results.averaged import AveragedTask
 from lightning_automl.results.ensemble import Ensemble, combine, is_of_auto
 from lightning_automl.results.export import SUFFIXES
 from lightning_automl.results.network import read_source, trained_task
+from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError, read_json, write_json
 
 WHITE = torch.ones(1, 1, 2, 2)
@@ -240,10 +241,16 @@ def test_an_average_is_not_compressed_but_its_member_is_named(command, two):
     assert answer.err.endswith("final-seed-0\n")
 
 
-def test_commands_on_runs_say_where_runs_are(command, two):
-    answer = command("test", f"--dir={two}")
+@pytest.mark.parametrize("name", ["fit", "test"])
+def test_commands_on_runs_say_where_runs_are(command, two, name):
+    answer = command(name, f"--dir={two}")
     assert answer.status == 2
-    assert answer.err.count("\n") == 1
+    assert answer.err == (
+        f"lightning-automl: {two} is the directory of auto, which holds many runs; give {name} the --dir of one of "
+        f"those below {two}/runs\n"
+    )
+    with pytest.raises(UserError, match="is the directory of auto, which holds many runs; give one of those below"):
+        Run.read(two)
 
 
 @pytest.mark.parametrize(
