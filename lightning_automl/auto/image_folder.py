@@ -84,7 +84,12 @@ def open_folder(
     if chosen["cache"] == "auto":
         chosen["cache"] = str(cache)
     chosen["skip_broken"] = bool(broken or arguments.get("skip_broken"))
-    data = build(chosen)
+    try:
+        data = build(chosen)
+    except UserError as error:
+        if not broken:
+            raise
+        raise UserError(f"{error}; {len(broken)} files cannot be read: {_some(broken, Path(path))}") from error
     if not chosen["skip_broken"]:  # to know broken files beforehand, every file would be decoded twice
         try:
             data.dataset("train")
@@ -148,12 +153,15 @@ def choose_channels(files: Sequence[ImageFile], root: Path) -> int:
 
 def _refuse_majority(broken: Sequence[ImageFile], files: Sequence[ImageFile], root: Path) -> None:
     if 2 * len(broken) > len(files):
-        shown = ", ".join(f"{_name(file, root)} ({file.error})" for file in broken[:_SHOWN])
-        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise UserError(
-            f"{len(broken)} of {len(files)} image files of {root} cannot be read: {shown}{more}; "
+            f"{len(broken)} of {len(files)} image files of {root} cannot be read: {_some(broken, root)}; "
             "that is most of them, repair or remove them"
         )
+
+
+def _some(broken: Sequence[ImageFile], root: Path) -> str:
+    shown = ", ".join(f"{_name(file, root)} ({file.error})" for file in broken[:_SHOWN])
+    return shown + (f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else "")
 
 
 def _name(file: ImageFile, root: Path) -> str:

@@ -55,7 +55,7 @@ def look(
 
     space = load_space(modality)
     class_path, arguments, ignored = find_data(data)
-    sizes = broken = None
+    broken: list[list[str]] = []
     if class_path.rsplit(".", 1)[-1] == "FolderDataModule":
         _check_place(arguments, directory)
         opened = open_folder(
@@ -105,7 +105,7 @@ def look(
         folds=number,
         search_folds=list(range(number - apart)),
         comparison_folds=list(range(number - apart, number)),
-        broken=broken or [],
+        broken=broken,
         exact_duplicates=exact[:_MOST_PAIRS],
         exact_duplicate_count=len(exact),
         near_duplicates=[list(pair) for pair in near or []][:_MOST_PAIRS],
@@ -152,26 +152,24 @@ def _folds(
     module: "ImageDataModule", arguments: Mapping[str, Any], units: "NDArray[np.int64]", wanted: int | None
 ) -> int:
     """Number of folds that all hold every class: the wanted one, or the largest up to ``FOLDS``."""
-    contents = module.contents
-    unit = "image" if contents.groups is None else "group"
-    rarest = int(units.argmin())
-    name, most = module.class_names[rarest], int(units[rarest])
-    has = f"class {name!r} has {most} {unit}{'s' * (most != 1)} outside the test split"
-    if most < 2:
-        raise UserError(f"{has}, and at least two folds are needed, so 2 {unit}s; add {unit}s or leave the class out")
     if wanted is not None and wanted < 2:
         raise UserError(f"folds is {wanted}; it must be at least 2, or left out")
-    largest = next(
-        (number for number in range(min(wanted or FOLDS, most), 1, -1) if _can_cut(module, arguments, number)), 0
-    )
+    most = int(units.min())  # at least 2: one in train, one in val
+    tried = range(min(wanted or FOLDS, most), 1, -1)
+    largest = next((number for number in tried if _can_cut(module, arguments, number)), 0)
     if not largest:
         raise UserError(
-            "the groups outside the test split cannot be cut into two parts that both hold every class: too few groups "
-            "hold images of a class; give images of more groups"
+            "the groups outside the test split cannot be cut into two folds that both hold every class; give images of "
+            "more groups"
         )
     if wanted is not None and largest < wanted:
+        unit = "image" if module.contents.groups is None else "group"
+        name = module.class_names[int(units.argmin())]
+        why = f"class {name!r} has {most} {unit}s outside the test split"
+        if largest < most:
+            why = "the groups outside the test split cannot be cut so that more of them hold every class"
         raise UserError(
-            f"folds is {wanted} and {has}, so that at most {largest} folds hold every class; give {largest}"
+            f"folds is {wanted}, and {largest} is the largest number that is possible: {why}; give {largest}"
         )
     return largest
 

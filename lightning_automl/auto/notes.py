@@ -110,7 +110,8 @@ def _exact(facts: Facts) -> str:
     number = facts.exact_duplicate_count
     if not number:
         return ""
-    return f"{_images(number, 'equals', 'equal')} one of another split{_pairs(facts.exact_duplicates)}: {_consequence(facts)}"
+    equal = _images(number, "equals", "equal")
+    return f"{equal} one of another split{_pairs(facts.exact_duplicates)}: {_consequence(facts)}"
 
 
 def _near(facts: Facts, compared: bool) -> str:

@@ -98,7 +98,7 @@ class FolderDataModule(ImageDataModule):
 
     def index(self) -> Index:
         """File names, labels, and the headers of the images."""
-        listed, class_names = _list_files(self.path, self.labels)
+        listed, class_names = self._list_files()
         files = _in_threads(read_header, [entry.path for entry in listed])
         if self.skip_broken:
             files = self._check_decoding(files)
@@ -233,6 +233,9 @@ class FolderDataModule(ImageDataModule):
 
     def _table(self) -> Path | None:
         return _find_table(self.path, self.labels)
+
+    def _list_files(self) -> tuple[list[_Listed], list[str]]:
+        return _list_files(self.path, self.labels)
 
 
 def read_headers(path: str, labels: str | None = None) -> list[ImageFile]:
