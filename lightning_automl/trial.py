@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_automl.auto.evaluation import evaluate
 from lightning_automl.callbacks import Heartbeat, TrialPruning, mode_of
 from lightning_automl.cli import AutoMLCLI
 from lightning_automl.density import score_fold
@@ -25,7 +26,10 @@ def run(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     keep_freed_memory()
     adapt_jsonargparse()
     see_working_directory()
-    actions = {"resolve": _resolve, "check": _check, "fit": _fit, "density": score_fold, "look": _look}
+    actions = {
+        **{"resolve": _resolve, "check": _check, "fit": _fit},
+        **{"density": score_fold, "look": _look, "evaluate": evaluate},
+    }
     return actions[payload["do"]](payload, channel)
 
 

@@ -1,0 +1,343 @@
+"""Final runs, the model that is made of them, and the test split that is opened once."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from searched import FakeWorkers, Time, leader_of, no_work, real_workers
+from seen import seen
+
+from lightning_automl.auto.clock import Clock
+from lightning_automl.auto.final import _train as train
+from lightning_automl.auto.final import finish
+from lightning_automl.auto.judging import compare_models
+from lightning_automl.auto.runs import BUDGET, Outcome, Runs
+from lightning_automl.metrics.scores import negative_log_likelihood
+from lightning_automl.results.ensemble import Ensemble
+from lightning_automl.results.evidence import Evidence
+from lightning_automl.results.predictor import Predictor
+from lightning_automl.results.run import Run, read_predictions
+from lightning_automl.rundir import read_json
+from lightning_automl.search.study import StudyFailed
+
+
+def plan_of(seeds, **others):
+    arms = [{"name": "cnn", "title": "small CNN", "epochs": 1, "run_seconds": 5.0, "policies": ["none"]}]
+    stages = [{"name": name, "seconds": 10.0} for name in ("final", "evaluation")]
+    metric = {"metric": "val_auroc", "direction": "maximize", "search_folds": [0], "comparison_folds": [1]}
+    return {"budget": 600.0, "arms": arms, "final": {"seeds": seeds}, "stages": stages, **metric, **others}
+
+
+class Finished:
+    """A strategy whose last stages are done, and can be done again with another plan."""
+
+    def __init__(self, directory, server):
+        self.directory = directory / "strategy"
+        self.directory.mkdir()
+        (self.directory / "config.yaml").write_text(yaml.safe_dump({"auto": "images", "seed": 3}))
+        self.arrays = draw_images(directory / "images.npz")
+        self.notes = directory / "notes"
+        data = {
+            "class_path": "spied_data.SpiedDataModule",
+            "init_args": {
+                **{"path": str(self.arrays), "notes": str(self.notes)},
+                "watched": str(self.directory / "model.json"),
+            },
+        }
+        self.facts = seen((15, 15), (12, 12), (8, 8), data=data)
+        self.chosen = leader_of(self.facts)
+        config = json.loads(json.dumps(self.chosen.config))
+        config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.0001
+        self.simple = replace(self.chosen, config=config)
+        self.workers = real_workers(server)
+
+    def __call__(self, seeds, simple=True, workers=None, budget=600.0):
+        plan = plan_of(seeds, budget=budget)
+        with Clock(self.directory, budget) as clock:
+            runs = Runs(workers or self.workers, self.directory, self.facts, plan, clock)
+            arms = (self.chosen, self.simple if simple else self.chosen)
+            finish(runs, workers or self.workers, self.directory, self.facts, plan, *arms)
+        return read_json(self.directory / "evaluation.json")
+
+    def asked(self):
+        """Which splits were asked for by evaluations, and whether there was a model by then."""
+        return [tuple(json.loads(line)) for line in self.notes.read_text().splitlines()]
+
+    def images(self, split):
+        return np.load(self.arrays)[f"{split}_images"].transpose(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, _server):
+    """Make a strategy in a directory of its own."""
+    return lambda: Finished(tmp_path_factory.mktemp("final"), _server)
+
+
+@pytest.fixture(scope="module")
+def finished(start):
+    """Two seeds of two candidates; never changed."""
+    whole = start()
+    whole.record = whole(2)
+    return whole
+
+
+def draw_images(path):
+    """Two classes that are hard to tell apart: 30, 24 and 16 images."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in zip(("train", "val", "test"), (30, 24, 16), strict=True):
+        labels = np.arange(count) % 2
+        images = generator.integers(0, 200, (count, 8, 8, 1)) + labels[:, None, None, None] * 30
+        arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_the_test_split_is_asked_for_when_the_model_is_there_and_not_before(finished):
+    asked = finished.asked()
+    assert [split for split, _ in asked].count("test") >= 1
+    assert {there for split, there in asked if split == "test"} == {True}
+    assert asked.index(("test", True)) > max(at for at, (split, _) in enumerate(asked) if split == "val")
+    assert read_json(finished.directory / "openings.json") == [finished.record["fingerprint"]]
+    assert finished.record["opened"] == 1
+    summaries = [read_json(path) for path in finished.directory.glob("runs/*/final-seed-*/summary.json")]
+    assert [each["test_opened"] for each in summaries] == [0] * 4
+
+
+def test_every_run_and_both_models_have_their_scores(finished):
+    models = finished.record["models"]
+    for name, candidate in (("chosen", finished.chosen), ("simple", finished.simple)):
+        assert models[name]["key"] == candidate.key
+        assert [each["seed"] for each in models[name]["seeds"]] == [3, 4]
+        for each in (models[name], *models[name]["seeds"]):
+            for split in ("val", "test"):
+                assert {"accuracy", "balanced_accuracy", "auroc", "average_precision", "f1"} <= each[split].keys()
+        for each in models[name]["seeds"]:
+            assert (finished.directory / each["directory"] / "evaluated_test.safetensors").exists()
+            assert each["epochs"] == 1
+    assert finished.record["left_out"] == []
+    assert finished.record["comparison"]["sentence"].count("outperform") <= 1
+    assert finished.record["comparison"]["unit"] == "image"
+
+
+def test_the_model_gives_what_was_evaluated(finished):
+    predictor = Predictor(finished.directory, "cpu")
+    for split in ("val", "test"):
+        found = read_predictions(finished.directory / f"predictions_{split}.safetensors")
+        np.testing.assert_allclose(predictor.arrays(finished.images(split)), found.probabilities, atol=1e-5)
+        assert found.labels.tolist() == np.load(finished.arrays)[f"{split}_labels"].tolist()
+
+
+def test_what_validation_has_chosen_is_what_the_model_is(finished):
+    ensemble, record = Ensemble.read(finished.directory), finished.record
+    assert ensemble.average == record["averaging"]["kind"] in ("predictions", "weights")
+    values = record["averaging"]["values"]
+    assert (ensemble.average == "weights") == (values["weights"] > values["predictions"])
+    assert len(ensemble.members) == (1 if ensemble.average == "weights" else 2)
+    assert ensemble.temperature == record["temperature"]
+    assert ensemble.threshold == record["threshold"]
+    assert set(record["at_threshold"]["val"]) == {"accuracy", "recall", "precision", "specificity", "balanced_accuracy"}
+    val = read_predictions(finished.directory / "predictions_val.safetensors")
+    assert record["unsure"]["val"]["share"] == pytest.approx((val.probabilities.max(1) < ensemble.unsure_below).mean())
+    assert (val.probabilities.max(1) < ensemble.unsure_below).sum() <= 2  # a tenth of 24
+    assert record["unsure"]["below"] == ensemble.unsure_below
+
+
+def test_the_temperature_never_raises_the_validation_loss(finished):
+    calibrated = read_predictions(finished.directory / "predictions_val.safetensors")
+    raw = finished.record["models"]["chosen"]
+    places = [finished.directory / each for each in Ensemble.read(finished.directory).members]
+    members = [read_predictions(place / "evaluated_val.safetensors").probabilities for place in places]
+    before = negative_log_likelihood(np.mean(members, 0), calibrated.labels)
+    assert raw["val"]["negative_log_likelihood"] <= before + 1e-6
+    assert (np.mean(members, 0).argmax(1) == calibrated.predicted).all()
+
+
+def test_a_report_can_take_its_predictions(finished):
+    run = Run.read(finished.directory / finished.record["models"]["chosen"]["seeds"][0]["directory"])
+    evidence = Evidence(replace(run, directory=finished.directory, data=read_json(finished.directory / "data.json")))
+    assert evidence.doubts == []
+    assert evidence.split == "test"
+
+
+def test_maps_are_kept_of_images_of_the_test_split(finished):
+    found = load_file(finished.directory / "activations.safetensors")
+    assert found["maps"].shape == (12, 8, 8)
+    arrays = np.load(finished.arrays)
+    rows = found["rows"] - 30 - 24  # of the index, which has the splits one after the other
+    assert (arrays["test_labels"][rows] == found["labels"]).all()
+    assert (finished.images("test")[rows] == found["images"]).all()
+
+
+def test_again_nothing_is_trained_evaluated_or_opened(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.directory.glob("*.safetensors")}
+    (finished.directory / "evaluation.txt").unlink(missing_ok=True)
+    asked = len(finished.asked())
+    workers = _OnlyValidation(finished.workers)
+    assert finished(2, workers=workers) == finished.record
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(finished.asked()) == asked
+    assert workers.splits == ["val"]
+
+
+class _OnlyValidation:
+    """Workers that train nothing and open nothing."""
+
+    def __init__(self, workers):
+        self._workers = workers
+        self.splits = []
+
+    def __getattr__(self, name):
+        return getattr(self._workers, name)
+
+    def fit(self, *_):
+        raise AssertionError("this was trained before")
+
+    def do(self, what, payload, output):
+        self.splits.append(payload["split"])
+        assert payload["split"] == "val"
+        return self._workers.do(what, payload, output)
+
+
+def test_what_was_killed_before_its_end_is_the_same_opening(start):
+    whole = start()
+    first = whole(1, simple=False)
+    assert (first["opened"], first["comparison"], first["models"]["simple"]) == (1, None, None)
+    assert first["averaging"]["kind"] == "single"
+    (whole.directory / "evaluation.json").unlink()
+    assert whole(1, simple=False) == first
+    more = whole(2, simple=False, budget=900.0)
+    assert more["opened"] == 2
+    assert read_json(whole.directory / "openings.json") == [first["fingerprint"], more["fingerprint"]]
+    assert [each["seed"] for each in more["models"]["chosen"]["seeds"]] == [3, 4]
+
+
+# What is left out --------------------------------------------------------------------------------------------------
+
+
+class _Scripted:
+    """Runs that end as they are told, each of which takes five seconds."""
+
+    def __init__(self, directory, left, outcomes=None):
+        self.clock = Time(left)
+        self.directory = directory
+        self.outcomes = outcomes or {}
+        self.asked = []
+
+    def wall_seconds(self, jobs):
+        return 5.0 * len(jobs)
+
+    def each(self, jobs, *, at_least):
+        assert at_least == len(jobs)
+        self.asked = [(job.candidate.key, job.seed) for job in jobs]
+        return [self.outcomes.get(key, Outcome(0.9, "", 5.0, 3, self.directory)) for key in self.asked]
+
+
+@pytest.fixture
+def arms():
+    chosen = leader_of(seen())
+    return [chosen, replace(chosen, arm="resnet", arm_title="ResNet-20")]
+
+
+@pytest.mark.parametrize(
+    ("left", "seeds", "kinds"), [(100, 3, 2), (41, 3, 2), (39, 2, 2), (20, 1, 2), (19, 1, 1), (-50, 1, 1)]
+)
+def test_as_many_whole_seeds_as_fit_are_trained_and_always_one(tmp_path, arms, left, seeds, kinds):
+    runs = _Scripted(tmp_path, left)
+    found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+    assert [sorted(each) for each in found] == [list(range(seeds)), list(range(seeds)) if kinds == 2 else []]
+    assert len(left_out) == 6 - seeds * kinds
+    assert {each["reason"] for each in left_out} <= {"there was no time left for it"}
+    assert bool(runs.clock.cuts) == bool(left_out)
+    later = _Scripted(tmp_path, 1000)  # what was decided stays so while the plan does
+    train(later, tmp_path, plan_of(3), arms, 0)
+    assert later.asked == runs.asked
+    train(later, tmp_path, plan_of(3, budget=601.0), arms, 0)
+    assert len(later.asked) == 6
+
+
+def test_a_seed_that_fails_is_left_out_with_its_reason(tmp_path, arms):
+    failed = Outcome(None, "it has diverged: val_auroc is nan", 5.0, 3, tmp_path)
+    late = Outcome(None, BUDGET, 0.0, 0, tmp_path)
+    runs = _Scripted(tmp_path, 100, {(arms[0].key, 1): failed, (arms[1].key, 2): late})
+    found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+    assert [sorted(each) for each in found] == [[0, 2], [0, 1]]
+    assert [(each["seed"], each["reason"]) for each in left_out] == [
+        (1, "it has diverged: val_auroc is nan"),
+        (2, "there was no time left for it"),
+    ]
+
+
+def test_if_no_final_run_gives_a_model_that_is_said(tmp_path):
+    facts = seen()
+    workers = FakeWorkers(StudyFailed("the network broke"))
+    workers.is_set = lambda: False
+    with Clock(tmp_path, 600.0) as clock:
+        runs = Runs(workers, tmp_path, facts, plan_of(2), clock)
+        with pytest.raises(StudyFailed, match=r"no final run of small CNN.*broke"):
+            finish(runs, no_work(), tmp_path, facts, plan_of(2), leader_of(facts), None)
+    assert not (tmp_path / "model.json").exists()
+    assert not (tmp_path / "openings.json").exists()
+
+
+# Comparison --------------------------------------------------------------------------------------------------------
+
+
+def scores(right, images=60):
+    """Two classes in turn, of which the first so many images are recognised."""
+    labels = np.arange(images) % 2
+    said = np.where(np.arange(images) < right, labels, 1 - labels)
+    return np.eye(2)[said] * 0.8 + 0.1, labels
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "better", "words"),
+    [
+        (58, 30, True, "A outperformed B"),
+        (45, 44, False, "A did not outperform B"),
+        (45, 45, False, "A did not outperform B on the test split: their balanced accuracy is the same"),
+        (30, 58, False, "A was worse than B"),
+    ],
+)
+def test_a_claim_needs_an_interval_without_zero(first, second, better, words):
+    (one, labels), (other, _) = scores(first), scores(second)
+    found = compare_models(("A", "B"), (one, other), labels, None, "val_balanced_accuracy", "maximize")
+    assert found["better"] is better
+    assert words in found["sentence"]
+    assert found["difference"] == pytest.approx((first - second) / 60)
+    assert found["accuracy"]["difference"] == pytest.approx((first - second) / 60)
+    assert found["low"] <= found["difference"] <= found["high"]
+
+
+def test_of_a_loss_less_is_better():
+    (one, labels), (other, _) = scores(58), scores(30)
+    found = compare_models(("A", "B"), (one, other), labels, None, "val_loss", "minimize")
+    assert found["better"]
+    assert found["difference"] < 0
+
+
+def test_groups_are_drawn_as_a_whole():
+    (one, labels), (other, _) = scores(58), scores(40)
+    alone = compare_models(("A", "B"), (one, other), labels, None, "val_accuracy", "maximize")
+    grouped = compare_models(("A", "B"), (one, other), labels, np.arange(60) // 20, "val_accuracy", "maximize")
+    assert grouped["unit"] == "group"
+    assert grouped["high"] - grouped["low"] > alone["high"] - alone["low"]
+    assert not grouped["better"]
+
+
+def test_what_cannot_be_compared_is_said_to_be_so():
+    one, labels = scores(3, 4)
+    found = compare_models(("A", "B"), (one, one), labels * 0, None, "val_auroc", "maximize")
+    assert "cannot be compared" in found["sentence"]
+    assert (found["difference"], found["low"], found["better"]) == (None, None, False)
+    single = compare_models(("A", "B"), (one, one), labels, np.zeros(4), "val_accuracy", "maximize")
+    assert "cannot be compared" in single["sentence"]
+
+
+def test_models_of_different_numbers_of_seeds_are_told():
+    one, labels = scores(50)
+    found = compare_models(("A", "B"), (one, one), labels, None, "val_accuracy", "maximize", (3, 2))
+    assert found["sentence"].endswith("They are models of 3 and 2 seeds.")
