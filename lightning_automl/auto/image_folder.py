@@ -70,6 +70,7 @@ def open_folder(
     Raises:
         UserError: If the folder is in no known layout, most of its files cannot be read, or they do not fit together.
     """
+    from lightning_automl.data.cache import free_space, readable_size
     from lightning_automl.data.folder import read_headers
 
     path, table = arguments["path"], arguments.get("labels")
@@ -83,6 +84,12 @@ def open_folder(
     chosen = {**arguments, "image_size": list(size), "channels": channels, "cache": arguments.get("cache", str(cache))}
     if chosen["cache"] == "auto":
         chosen["cache"] = str(cache)
+    needed, free = len(good) * size[0] * size[1] * channels, free_space(cache)
+    if needed > free and not cache.exists():
+        raise UserError(
+            f"the {len(good)} images of {path} take {readable_size(needed)} at {size[0]} x {size[1]} pixels, and "
+            f"{cache.parent} has {readable_size(free)} free; free some, give a smaller image_size, or another --dir"
+        )
     chosen["skip_broken"] = bool(broken or arguments.get("skip_broken"))
     try:
         data = build(chosen)

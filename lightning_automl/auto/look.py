@@ -56,7 +56,7 @@ def look(
     space = load_space(modality)
     class_path, arguments, ignored = find_data(data)
     broken: list[list[str]] = []
-    if class_path.rsplit(".", 1)[-1] == "FolderDataModule":
+    if class_path.rsplit(".", 1)[-1] == "FolderDataModule" and isinstance(arguments.get("path"), str):
         _check_place(arguments, directory)
         opened = open_folder(
             arguments,
@@ -125,7 +125,7 @@ def look(
 
 def _check_place(arguments: Mapping[str, Any], directory: Path) -> None:
     """The runs would else be taken for classes."""
-    root, own = Path(str(arguments.get("path"))), directory.resolve()
+    root, own = Path(arguments["path"]), directory.resolve()
     if own.is_relative_to(root) and arguments.get("labels") is None and not (root / "labels.csv").is_file():
         if not any(part.startswith(".") for part in own.relative_to(root).parts):
             raise UserError(f"{directory} lies among the images of {root}; give another --dir")

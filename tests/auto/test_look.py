@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lightning_automl.rundir import UserError
 
 def draw(path, size=(20, 20), mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(abs(hash(str(path))) % 2**32)
+    generator = np.random.default_rng(zlib.crc32(f"{path.parent.name}/{path.name}".encode()))
     Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode).save(path)
     return path
 
@@ -326,6 +327,7 @@ def test_a_data_module_of_ones_own(tmp_path, see):
         ("{class_path: DigitsDataModule, init_args: 3}", "init_args in .*data.yaml are 3; they are a mapping of names"),
         ("{class_path: DigitDataModule}", "unknown class for data: 'DigitDataModule'"),
         ("{class_path: DigitsDataModule, init_args: {sides: 3}}", "unknown argument of DigitsDataModule: 'sides'"),
+        ("{class_path: FolderDataModule}", "missing: path of FolderDataModule"),
         ("{class_path: ArraysDataModule, init_args: {path: gone.npz}}", "there is no file gone.npz"),
         ("{class_path: DigitsDataModule, init_args: {subset: 2}}", "subset is 2.0; it must be above 0"),
         (
@@ -454,6 +456,14 @@ def test_channels_that_do_not_fit_together_are_refused(folder, see):
 def test_8_and_16_bits_do_not_fit_together(folder, see):
     Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "cat" / "deep.png")
     with pytest.raises(UserError, match=r"has 8 bits a channel and cat/deep\.png more"):
+        see(folder)
+
+
+def test_a_full_disk_is_told_before_anything_is_decoded(folder, see, monkeypatch):
+    monkeypatch.setattr("lightning_automl.data.cache.free_space", lambda path: 7999)
+    with pytest.raises(
+        UserError, match=r"the 20 images of .* take 8 kB at 20 x 20 pixels, and .*auto has 8 kB free; free"
+    ):
         see(folder)
 
 
