@@ -67,8 +67,7 @@ def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool) -
     figure = Figure(figsize=(5.0, 1.3 + 0.36 * max(len(drawn), 1) + 0.1 * lines), layout="constrained")
     axes = figure.subplots()
     known = [value for each in drawn for value in (each.mean, *each.values)]
-    good = [each.mean for each in drawn if not each.pruned]
-    scale = ValueScale.of(good, maximize, known, margin=0.1)
+    scale = _scale(drawn, maximize)
     for row, each in enumerate(drawn):
         _row(axes, row, each, scale)
     # A dollar sign in a name is no formula.
@@ -90,6 +89,20 @@ def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool) -
     if len(standings) > ROWS:
         axes.set_title(f"the first {ROWS} of {len(standings)}", fontsize=10)
     return figure
+
+
+def _scale(drawn: Sequence[Standing], maximize: bool) -> ValueScale:
+    """All means, single values, and intervals as far as they do not press these together."""
+    means = [each.mean for each in drawn if math.isfinite(each.mean)]
+    values = [value for each in drawn for value in (each.mean, *each.values) if math.isfinite(value)]
+    if not values:
+        return ValueScale(0.0, 1.0)
+    reach = 0.4 * (max(values) - min(values)) or 0.01
+    ends = [end for each in drawn for end in (each.low, each.high) if math.isfinite(end)]
+    near = [min(max(end, min(values) - reach), max(values) + reach) for end in ends]
+    if max(values) <= 1 and min(values) >= 0:  # no share lies beyond its ends
+        near = [min(max(end, 0.0), 1.0) for end in near]
+    return ValueScale.of(means, maximize, [*values, *near])
 
 
 def _row(axes: "Axes", row: int, each: Standing, scale: ValueScale) -> None:

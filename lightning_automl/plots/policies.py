@@ -131,7 +131,8 @@ def acceptance_values(
         Line2D([], [], marker=shape, linestyle="", color=COLOURS["train"], markersize=4, label=f"fold {fold}")
         for fold, shape in shapes.items()
     ]
-    handles.append(Line2D([], [], linestyle="", label="mean, 95 % interval", **_MEAN))
+    known = any(math.isfinite(low) for _, low, _ in means)
+    handles.append(Line2D([], [], linestyle="", label=f"mean{', 95 % interval' * known}", **_MEAN))
     if values:
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 _STAGES = ("train", "val")
 
 
-def seed_curves(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> "Figure":
+def seed_curves(runs: Sequence[Sequence[Mapping[str, float]]], metric: str, title: str = "") -> "Figure":
     """Draw a metric over epochs, one thin line a seed and stage.
 
     Args:
         runs: For each seed one mapping an epoch, with ``epoch`` and values named ``{stage}_{metric}``; values may be
             missing.
         metric: What to draw, by the name behind the stage.
+        title: Of the figure; the metric's name by default.
 
     Returns:
         The figure.
@@ -42,7 +43,7 @@ def seed_curves(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> "
                 }
                 axes.plot(epochs, values, marker=marker, label=label, **style)
                 label = f"_{stage}"  # one entry a stage
-    axes.set(title=metric.replace("_", " "), xlabel="epoch")
+    axes.set(title=title or metric.replace("_", " "), xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.lines:

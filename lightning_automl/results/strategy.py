@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
+from lightning_automl.results.ensemble import combine
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.policy_search import ARMS as POLICIES
-from lightning_automl.results.run import Run
+from lightning_automl.results.run import Predictions, Run, read_predictions
 from lightning_automl.results.study import StudyRecord
 from lightning_automl.rundir import UserError, read_json
 
@@ -25,13 +26,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """A candidate that the selection has judged.
+    """A candidate that was judged on the search folds.
 
     Attributes:
         number: Of the candidate, from 0.
         key: What its runs' directory is called.
+        title: What it is called.
         arm: Its arm's name.
-        policy: ``none``, ``trivial_augment`` or ``searched``.
+        policy: ``none``, ``trivial_augment``, ``searched`` or "" where it is not known.
         values: Of its space; empty for the default.
         default: Whether it is a default of its arm.
         state: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
@@ -46,6 +48,7 @@ class CandidateRecord:
 
     number: int
     key: str
+    title: str
     arm: str
     policy: str
     values: Mapping[str, Any]
@@ -66,6 +69,7 @@ class CandidateRecord:
         return cls(
             int(entry["number"]),
             str(entry["key"]),
+            str(entry.get("title") or entry["key"]),
             str(entry["arm"]),
             str(entry.get("policy") or "none"),
             dict(entry.get("values") or {}),
@@ -80,15 +84,19 @@ class CandidateRecord:
             int(entry.get("epochs") or 0),
         )
 
+    @classmethod
+    def of_challenger(cls, entry: Mapping[str, Any]) -> Self:
+        """Read an entry of ``challengers`` in ``comparison.json``, of which the mean is known alone."""
+        key, mean = str(entry["key"]), finite(entry.get("mean"))
+        policy = "searched" if entry.get("kind") == "policy" else ""
+        state, reason = ("COMPLETE", "") if math.isfinite(mean) else ("FAIL", "it has no value on every search fold")
+        title, arm, nan = str(entry.get("title") or key), key.rpartition("-")[0], math.nan
+        return cls(-1, key, title, arm, policy, {}, False, state, reason, {}, mean, nan, nan, nan, 0)
+
     @property
     def policy_name(self) -> str:
         """What its augmentation is called."""
         return POLICIES.get(self.policy, self.policy)
-
-    @property
-    def words(self) -> str:
-        """What tells it from others of its arm: ``TrivialAugment, tuned``."""
-        return f"{self.policy_name}{', tuned' if self.values else ''}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ class ModelRecord:
         seeds: Its trainings.
         val: Metrics of their average on the validation split.
         test: Likewise on the test split.
+        average: How they are put together: ``predictions``, ``weights`` or ``single``.
+        temperature: By which its logits are divided.
     """
 
     key: str
@@ -129,6 +139,8 @@ class ModelRecord:
     seeds: tuple[SeedRecord, ...]
     val: Mapping[str, float]
     test: Mapping[str, float]
+    average: str
+    temperature: float
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
@@ -146,7 +158,27 @@ class ModelRecord:
         ]
         key = str(entry["key"])
         title = str(entry.get("title") or key)
-        return cls(key, title, tuple(seeds), _metrics(entry.get("val")), _metrics(entry.get("test")))
+        average = str(entry.get("average") or ("predictions" if len(seeds) > 1 else "single"))
+        temperature = float(entry.get("temperature") or 1.0)
+        return cls(
+            key, title, tuple(seeds), _metrics(entry.get("val")), _metrics(entry.get("test")), average, temperature
+        )
+
+    def predictions(self, directory: Path, split: str) -> Predictions | None:
+        """What it gave for the images of a split, from what its runs have kept; None where that is not there.
+
+        Args:
+            directory: Of the strategy.
+            split: ``val`` or ``test``.
+        """
+        places = [directory / each.directory for each in self.seeds]
+        if self.average == "weights" and places:
+            places = [places[0].parent / "averaged"]
+        found = [read_predictions(place / f"evaluated_{split}.safetensors") for place in places]
+        members = [each for each in found if each is not None]
+        if not members or len(members) != len(found):
+            return None
+        return replace(members[0], probabilities=combine([each.probabilities for each in members], self.temperature))
 
 
 @dataclass(frozen=True)
@@ -167,6 +199,7 @@ class StrategyRecord:
         environment: ``environment.json``.
         summary: ``summary.json``, or None.
         candidates: Of the selection, by number.
+        challengers: What was searched and is not among them, judged on the same folds.
         chosen: The chosen model, or None.
         simple: The simple one, where another one was chosen, or None.
     """
@@ -184,6 +217,7 @@ class StrategyRecord:
     environment: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     candidates: tuple[CandidateRecord, ...]
+    challengers: tuple[CandidateRecord, ...]
     chosen: ModelRecord | None
     simple: ModelRecord | None
 
@@ -204,6 +238,10 @@ class StrategyRecord:
         name = "selection"
         try:
             candidates = [CandidateRecord.of(entry) for entry in files["selection"].get("candidates") or ()]
+            name = "comparison"
+            known = {each.key for each in candidates}
+            others = files[name].get("challengers") or ()
+            challengers = [CandidateRecord.of_challenger(entry) for entry in others if entry["key"] not in known]
             name = "evaluation"
             models = files["evaluation"].get("models") or {}
             chosen, simple = (
@@ -220,6 +258,7 @@ class StrategyRecord:
             **files,
             summary=summary or None,
             candidates=tuple(sorted(candidates, key=lambda each: each.number)),
+            challengers=tuple(challengers),
             chosen=chosen,
             simple=simple,
         )
@@ -263,14 +302,8 @@ class StrategyRecord:
         for model in (self.chosen, self.simple):
             if model is not None and model.key == key:
                 return model.title
-        written = _mapping(self.directory / "runs" / str(key) / "candidate.json").get("title")
-        if written:
-            return str(written)
-        found = self.candidate(key)
-        if found is None:
-            arm = str(key).rpartition("-")[0]
-            return self.arm_titles.get(arm, str(key))
-        return f"{self.arm_titles.get(found.arm, found.arm)}, {found.words}"
+        found = next((each for each in (*self.candidates, *self.challengers) if each.key == key), None)
+        return str(key) if found is None else found.title
 
     def candidate(self, key: str | None) -> CandidateRecord | None:
         """The candidate of a key, if the selection has one."""

@@ -209,9 +209,12 @@ def candidate(number, key, folds, **keys):
     mean = float(np.mean(values)) if values else None
     state = "COMPLETE" if len(folds) == 3 else "PRUNED" if folds else "FAIL"
     reach = 0.05 if len(folds) > 1 else None
+    policy = {"trivial_augment": "TrivialAugment"}.get(keys.get("policy"), "no policy")
+    title = f"{TITLES[key.partition('-')[0]]}, {policy}{', tuned' * bool(keys.get('values'))}"
     return {
         "number": number,
         "key": key,
+        "title": title,
         "arm": key.partition("-")[0],
         "policy": "none",
         "values": {},

@@ -18,16 +18,21 @@ _FEWEST_DRAWS = 100
 
 def score_of(name: str, evidence: Evidence, split: str | None = None) -> tuple[float, float, float]:
     """A score of a split with the ends of its 95 % interval."""
-    from lightning_automl.metrics import SCORES, bootstrap_interval, mean_recall_interval
-
     judged = evidence.predictions(split or evidence.split)
     assert judged is not None
+    return score(name, judged, len(evidence.class_names))
+
+
+def score(name: str, judged: Predictions, classes: int) -> tuple[float, float, float]:
+    """A score of predictions with the ends of its 95 % interval, which are NaN when there is none."""
+    from lightning_automl.metrics import SCORES, bootstrap_interval, mean_recall_interval
+
     metric, probabilities, labels = SCORES[name], judged.probabilities, judged.labels
     value = metric(probabilities, labels)
     if name == "accuracy" and judged.groups is None:
         return (value, *exact(int((judged.predicted == labels).sum()), len(labels)))
     if name == "balanced_accuracy" and judged.groups is None:
-        return (value, *mean_recall_interval(*recall_counts(judged, len(evidence.class_names))))
+        return (value, *mean_recall_interval(*recall_counts(judged, classes)))
     units = len(labels) if judged.groups is None else len(np.unique(judged.groups))
     if name == "calibration_error" or units < 2 or not math.isfinite(value):
         return value, math.nan, math.nan

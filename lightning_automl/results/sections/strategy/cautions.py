@@ -33,8 +33,9 @@ def _of_data(record: StrategyRecord) -> list[str]:
     notes = [_sentence(str(each)) for each in look.get("notes") or ()]
     for key, what in (("exact_duplicate", "equal"), ("near_duplicate", "nearly equal")):
         count = int(look.get(f"{key}_count") or 0)
-        if count and not any("duplicate" in each for each in notes):
-            pairs = ", ".join(f"{one} = {other}" for one, other in (look.get(f"{key}s") or ())[:_PAIRS])
+        known = (look.get(f"{key}s") or ())[:_PAIRS]
+        if count and not any(str(name) in each for pair in known for name in pair for each in notes):
+            pairs = ", ".join(f"{one} = {other}" for one, other in known)
             more = " …" if count > _PAIRS else ""
             verb = "pair of images is" if count == 1 else "pairs of images are"
             notes.append(f"{count:,} {verb} {what} in different splits ({pairs}{more}): test scores flatter.")
@@ -65,7 +66,7 @@ def _few(record: StrategyRecord) -> list[str]:
         )
         split, unit = "test", "image"
     few = [name for name, count in zip(names, counts, strict=False) if count < FEW]
-    if not few:
+    if not few or any("not conclusive" in str(each) for each in record.look.get("notes") or ()):
         return []
     verb = "class has" if len(few) == 1 else "classes have"
     return [
@@ -85,7 +86,9 @@ def _of_budget(record: StrategyRecord) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for title, why in missing:
         by_reason.setdefault(why, []).append(title)
-    return notes + [f"Not run: {', '.join(titles)} ({why.removesuffix('.')})." for why, titles in by_reason.items()]
+    return notes + [
+        f"Not run: {'; '.join(titles)}. The reason: {_sentence(why, False)}" for why, titles in by_reason.items()
+    ]
 
 
 def _of_choice(record: StrategyRecord) -> list[str]:
@@ -98,6 +101,10 @@ def _of_choice(record: StrategyRecord) -> list[str]:
     means = [each.epochs for each in record.candidates if math.isfinite(each.mean)]
     if record.chosen is not None and len(record.chosen.seeds) == 1:
         notes.append("The model is one training with one seed: another seed gives other numbers, in no interval here.")
+    by_reason: dict[str, list[str]] = {}
+    for each in record.evaluation.get("left_out") or ():
+        by_reason.setdefault(str(each.get("reason")), []).append(f"seed {each.get('seed')} of {each.get('title')}")
+    notes += [f"Final trainings left out: {some(own)}: {_sentence(why, False)}" for why, own in by_reason.items()]
     if record.evidence is not None:
         notes += record.evidence.doubts
         if times_opened(record.evidence) > 1:

@@ -43,10 +43,11 @@ def comparison(record: StrategyRecord) -> Section | None:
         word or "did not outperform",
     ]
     blocks: list[Any] = [
+        *([Text(sentence)] if sentence else []),
         *_drawn(record, name),
         Table(["", "", f"mean {name}", "trainings"], rows),
         Table(["", "difference", "95 % interval", "p", ""], [tested]),
-        Text(_sentence(record, sentence, name)),
+        Text(_rule(record, name)),
     ]
     if (values := _values(record)) is not None:
         blocks.append(values)
@@ -79,7 +80,7 @@ def _drawn(record: StrategyRecord, name: str) -> list[Any]:
     return [pictures(searched=acceptance_values(labels, values, means, metric=name, maximize=record.maximize))]
 
 
-def _sentence(record: StrategyRecord, sentence: str, name: str) -> str:
+def _rule(record: StrategyRecord, name: str) -> str:
     found = record.comparison
     seeds = len({seed for _, seed in _own(record, "searched")})
     folds = len({fold for fold, _ in _own(record, "searched")})
@@ -96,7 +97,7 @@ def _sentence(record: StrategyRecord, sentence: str, name: str) -> str:
         f"Searched were: {kind}. Adopted is the {adopted} one; what was searched is adopted only if the interval of "
         "the paired difference (Nadeau and Bengio 2003, which allows for the images that folds share) excludes 0."
     )
-    return f"{text} The command says: {sentence}" if sentence else text
+    return text
 
 
 def _values(record: StrategyRecord) -> Folded | None:

@@ -24,7 +24,11 @@ def operating_point(record: StrategyRecord) -> Section | None:
     for split in ("test", "val"):
         if (found := evidence.predictions(split)) is not None:
             columns[split] = _counts(found, threshold)
-    rows = [[name, *(_share(*counts[name]) for counts in columns.values())] for name in _RATES]
+    meaning = (f"of {names[1]!r}", f"of {names[0]!r}", f"when it says {names[1]!r}", f"when it says {names[0]!r}")
+    rows = [
+        [f"{name} (right {what})", *(_share(*counts[name]) for counts in columns.values())]
+        for name, what in zip(_RATES, meaning, strict=True)
+    ]
     head = ["", *(f"{split_name(split)} (exact 95 % interval)" for split in columns)]
     text = (
         f"An image is taken for {names[1]!r} where its probability is {threshold:.3f} or more: of all thresholds the "
@@ -45,7 +49,7 @@ def operating_point(record: StrategyRecord) -> Section | None:
     return Section("Operating point", blocks)
 
 
-_RATES = ("sensitivity", "specificity", "right when it says yes", "right when it says no")
+_RATES = ("sensitivity", "specificity", "precision", "negative predictive value")
 
 
 def _counts(found: Predictions, threshold: float) -> dict[str, tuple[int, int]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_automl.results.page import Folded, Section, Table, Text, pictures
-from lightning_automl.results.sections.strategy.words import cell, ends, metric_name
-from lightning_automl.results.sections.wording import counted, duration, number
+from lightning_automl.results.sections.strategy.words import cell, metric_name, time_words, unbroken
+from lightning_automl.results.sections.wording import counted, number, with_interval
 from lightning_automl.results.strategy import CandidateRecord, StrategyRecord
 
 #: What was searched beside the arms, by its key in the plan.
@@ -21,9 +21,9 @@ class Row:
     """An arm on the leaderboard.
 
     Attributes:
-        title: Of the arm.
-        candidate: What is shown of it, or None.
-        note: What is said in place of a value.
+        title: Of the candidate, or of the arm.
+        candidate: What is shown of it; None without a value.
+        note: What is said in place of one.
         chosen: Whether it is what was chosen, or leads so far.
     """
 
@@ -44,15 +44,20 @@ def leaderboard(record: StrategyRecord) -> Section | None:
     standings = []
     for row in rows:
         each = row.candidate
-        if each is None or not math.isfinite(each.mean):
+        if each is None:
             standings.append(Standing(row.title, note=row.note))
-            continue
-        name = f"{row.title}: {each.words}"
-        pruned = each.state != "COMPLETE"
-        values = list(each.folds.values())
-        standings.append(Standing(name, each.mean, each.low, each.high, values, row.chosen, pruned))
+        else:
+            pruned, values = each.state != "COMPLETE", list(each.folds.values())
+            standings.append(Standing(row.title, each.mean, each.low, each.high, values, row.chosen, pruned))
     figure = draw(standings, metric=metric_name(record.metric), maximize=record.maximize)
-    blocks: list[Any] = [pictures(leaderboard=figure), _table(record, rows), Text(_text(record, rows))]
+    blocks: list[Any] = [pictures(leaderboard=figure)]
+    known = [row for row in rows if row.candidate is not None]
+    if known:
+        head = ["", f"mean {metric_name(record.metric)}", "each fold", "folds", "epochs", "time", ""]
+        blocks.append(Table(head, [_cells(record, row) for row in known]))
+        blocks.append(Text(_text(record)))
+    if len(known) < len(rows):
+        blocks.append(Table(["without a value", ""], [[row.title, row.note] for row in rows if row.candidate is None]))
     if record.candidates:
         name = f"All {counted(len(record.candidates), 'candidate')}"
         blocks.append(Folded(name if len(record.candidates) > 1 else "The one candidate", _all(record)))
@@ -64,27 +69,26 @@ def rows_of(record: StrategyRecord) -> list[Row]:
 
     Arms that are planned, or could have been, are never left out: those without a value say why.
     """
-    chosen = record.leader
     planned = [str(each["name"]) for each in record.plan.get("arms") or ()]
     arms = list(dict.fromkeys([*planned, *(each.arm for each in record.candidates)]))
-    known, without = [], []
+    shown, without = list(record.challengers), []
     for arm in arms:
-        title = record.arm_titles.get(arm, arm)
         own = [each for each in record.candidates if each.arm == arm]
         best = max(own, key=lambda each: _rank(record, each), default=None)
-        for each in own:
-            if math.isfinite(each.mean) and (each is best or each.key in (chosen, record.simple_key)):
-                known.append(Row(title, each, chosen=each.key == chosen))
-        if best is None:
-            without.append(Row(title, note=_missing(record)))
-        elif not math.isfinite(best.mean):
-            without.append(Row(title, best, note=f"{_STATES.get(best.state, best.state)}: {best.reason or 'no value'}"))
-    known.sort(key=lambda row: _rank(record, row.candidate), reverse=True)
-    return [*known, *without, *_not_run(record, arms)]
+        shown += [each for each in own if each is best or each.key in (record.leader, record.simple_key)]
+        if best is None and not any(each.arm == arm for each in record.challengers):
+            without.append(Row(record.arm_titles.get(arm, arm), note=_missing(record)))
+    shown.sort(key=lambda each: _rank(record, each), reverse=True)
+    known = [Row(each.title, each, chosen=each.key == record.leader) for each in shown if math.isfinite(each.mean)]
+    failed = [
+        Row(each.title, note=f"{_STATES.get(each.state, each.state)}: {each.reason or 'no value'}")
+        for each in shown
+        if not math.isfinite(each.mean)
+    ]
+    return [*known, *failed, *without, *_not_run(record, arms)]
 
 
-def _rank(record: StrategyRecord, each: CandidateRecord | None) -> tuple[bool, bool, float, int]:
-    assert each is not None
+def _rank(record: StrategyRecord, each: CandidateRecord) -> tuple[bool, bool, float, int]:
     sign = 1 if record.maximize else -1
     mean = sign * each.mean if math.isfinite(each.mean) else -math.inf
     return math.isfinite(each.mean), each.state == "COMPLETE", mean, -each.number
@@ -116,33 +120,23 @@ def _not_run(record: StrategyRecord, arms: list[str]) -> list[Row]:
 
 
 def _searched(record: StrategyRecord, key: str) -> str:
-    """What became of a search whose result is not among the candidates."""
+    """Why a search has no row of its own among those with a value; "" if it has one."""
     kind = key.removesuffix("_search")
-    if record.comparison.get("kind") == kind and record.comparison.get("searched"):
-        return (
-            "" if record.candidate(record.comparison["searched"]) else "judged by the comparison below, on other folds"
-        )
-    if any(each.policy == "searched" for each in record.candidates) and kind == "policy":
+    listed = any(each.get("kind") == kind for each in record.comparison.get("challengers") or ())
+    if listed or record.comparison.get("kind") == kind:
         return ""
     cut = (record.progress.get("cuts") or {}).get(key)
     if cut:
         return f"not run: {cut}"
     if record.plan.get(key):
-        return "found, and not compared" if record.comparison or record.finished else "not searched yet"
+        return "not run: the search has found nothing" if record.comparison else "not searched yet"
     why = (record.plan.get("why_not") or {}).get(key)
     return f"not run: {why or 'no reason is known'}"
 
 
-def _table(record: StrategyRecord, rows: list[Row]) -> Table:
-    name = metric_name(record.metric)
-    head = ["arm", "candidate", f"mean {name}", "95 % interval", "each fold", "folds", "epochs", "time", ""]
-    return Table(head, [_cells(record, row) for row in rows])
-
-
 def _cells(record: StrategyRecord, row: Row) -> list[Any]:
     each = row.candidate
-    if each is None or not math.isfinite(each.mean):
-        return [row.title, row.note, *[""] * 7]
+    assert each is not None
     marks = [_STATES.get(each.state, each.state)]
     if each.key == record.simple_key:
         marks.append("the simple arm")
@@ -150,33 +144,28 @@ def _cells(record: StrategyRecord, row: Row) -> list[Any]:
         marks.insert(0, "chosen" if record.chosen is not None else "leads")
     return [
         row.title,
-        each.words,
-        cell(each.mean),
-        ends(each.low, each.high),
-        ", ".join(map(cell, each.folds.values())),
-        _folds(record, each),
-        f"{each.epochs:,}",
-        duration(each.seconds),
+        with_interval((each.mean, each.low, each.high)),
+        ", ".join(f"{value:.3f}" for value in each.folds.values()),
+        _folds(record, each) if each.folds else "",
+        f"{each.epochs:,}" if each.epochs else "",
+        time_words(each.seconds) if math.isfinite(each.seconds) else "",
         ", ".join(marks),
     ]
 
 
 def _folds(record: StrategyRecord, each: CandidateRecord) -> str:
     wanted = len(record.plan.get("search_folds") or record.look.get("search_folds") or each.folds)
-    return f"{len(each.folds)} of {wanted}"
+    return unbroken(f"{len(each.folds)} of {wanted}")
 
 
-def _text(record: StrategyRecord, rows: list[Row]) -> str:
+def _text(record: StrategyRecord) -> str:
     folds = record.plan.get("search_folds") or record.look.get("search_folds") or ()
-    text = (
+    return (
         f"Each value is the {metric_name(record.metric)} after the last epoch on images of train and validation that "
         f"the training had not seen, one training a fold ({counted(len(folds), 'fold')}), the same splits and one seed "
         "for every arm. Intervals are Student's over the folds; what was stopped early has fewer folds and is not "
-        "comparable. Being the best of several noisy values flatters: compare the test scores below."
+        "comparable. Being the best of several noisy values flatters: the test scores below are what counts."
     )
-    if any("not run" in row.note for row in rows):
-        text += " Arms that were not run are listed with the reason."
-    return text
 
 
 def _all(record: StrategyRecord) -> Table:
@@ -193,7 +182,7 @@ def _all(record: StrategyRecord) -> Table:
                 cell(each.mean),
                 len(each.folds),
                 f"{each.epochs:,}",
-                duration(each.seconds),
+                time_words(each.seconds),
                 f"{state}: {each.reason}" if each.reason else state,
             ]
         )

@@ -1,21 +1,27 @@
 """The chosen model and the simple one beside it: what they reach on the test split, and each of their trainings."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from lightning_automl.results.evidence import split_name
 from lightning_automl.results.page import Section, Table, Text
-from lightning_automl.results.sections.scoring import score_of
-from lightning_automl.results.sections.strategy.words import cell, difference_words, is_better, is_worse, metric_name
-from lightning_automl.results.sections.wording import counted, duration, metric, with_interval
+from lightning_automl.results.sections.scoring import score, score_of
+from lightning_automl.results.sections.strategy.words import (
+    cell,
+    difference_words,
+    is_better,
+    is_worse,
+    metric_name,
+    time_words,
+)
+from lightning_automl.results.sections.wording import counted, metric, with_interval
 from lightning_automl.results.strategy import ModelRecord, StrategyRecord, finite
 
 _SCORES = ("balanced_accuracy", "auroc", "accuracy", "average_precision", "f1")
 _AVERAGES = {
     "predictions": "the mean of the predictions",
     "weights": "the mean of the weights",
-    "single": "the best single training",
+    "single": "single trainings on average",
 }
 
 
@@ -32,11 +38,11 @@ def models(record: StrategyRecord) -> Section | None:
     rows: list[list[Any]] = []
     for model, what in zip(shown, ("chosen", "simple arm"), strict=False):
         rows.append([f"{what}: {model.title}", *(_score(record, model, name) for name in names)])
-        rows[-1] += [cell(model.val.get(own, math.nan)), "", duration(sum(each.seconds for each in model.seeds))]
+        rows[-1] += [cell(model.val.get(own, math.nan)), "", time_words(sum(each.seconds for each in model.seeds))]
         for each in model.seeds:
             values = getattr(each, split)
             line = [f"seed {each.seed}", *(cell(values.get(name, math.nan)) for name in names)]
-            rows.append([*line, cell(each.val.get(own, math.nan)), f"{each.epochs:,}", duration(each.seconds)])
+            rows.append([*line, cell(each.val.get(own, math.nan)), f"{each.epochs:,}", time_words(each.seconds)])
     blocks: list[Any] = [Table(head, rows), Text(_averaging(record))]
     if (gap := test_difference(record)) is not None:
         blocks.append(Text(gap))
@@ -49,18 +55,10 @@ def _score(record: StrategyRecord, model: ModelRecord, name: str) -> str:
     assert evidence is not None
     if model is record.chosen:
         return with_interval(score_of(name, evidence))
-    values = getattr(model, evidence.split)
-    ends = (_intervals(record, "simple").get(name) or (None, None))[:2]
-    value = values.get(name, math.nan)
-    if not math.isfinite(value):
-        return ""
-    return with_interval((value, finite(ends[0]), finite(ends[1])))
-
-
-def _intervals(record: StrategyRecord, which: str) -> Mapping[str, Any]:
-    """By name of the metric low and high, where the evaluation has written them."""
-    found = ((record.evaluation.get("models") or {}).get(which) or {}).get("intervals") or {}
-    return {str(name).removeprefix("test_"): ends for name, ends in found.items()}
+    found = model.predictions(record.directory, evidence.split)
+    if found is not None:
+        return with_interval(score(name, found, len(evidence.class_names)))
+    return cell(getattr(model, evidence.split).get(name, math.nan))
 
 
 def _averaging(record: StrategyRecord) -> str:
@@ -74,11 +72,13 @@ def _averaging(record: StrategyRecord) -> str:
         f"{_AVERAGES.get(name, name)} {metric(value)}" for name, value in values.items() if math.isfinite(value)
     )
     kind = str(found.get("kind") or record.model.get("average"))
-    text = f"Of {counted(count, 'training')} {_AVERAGES.get(kind, kind)} is used"
+    used = "the best one" if kind == "single" else _AVERAGES.get(kind, kind)
+    text = f"Of {counted(count, 'training')} {used} is used"
     name = metric_name(record.metric)
     text += f", chosen by the {name} on validation ({tried})" if tried else ""
     why = str(found.get("why") or "").strip().removesuffix(".")
-    return f"{text}.{f' {why[0].upper()}{why[1:]}.' if why else ''} Seeds are shown before averaging and temperature."
+    text += f". {why[0].upper()}{why[1:]}." if why else "."
+    return f"{text} Single seeds are shown as they are, without the temperature."
 
 
 def test_difference(record: StrategyRecord) -> str | None:

@@ -42,7 +42,11 @@ def architecture(record: StrategyRecord) -> Section | None:
 
 def importances(record: StrategyRecord) -> Section | None:
     """Which hyper-parameters the values of the candidates hang on."""
-    return None if record.study is None else of_study(record.study)
+    found = None if record.study is None else of_study(record.study)
+    if found is None or record.study is None:
+        return None
+    of = record.study.search.get("importances_of")
+    return Section(found.title, [*found.blocks, *([Text(f"Explained are the values on {of}.")] if of else [])])
 
 
 def slices(record: StrategyRecord) -> Section | None:

@@ -23,7 +23,7 @@ def curves(record: StrategyRecord) -> Section | None:
     from lightning_automl.plots import seed_curves
 
     names = dict.fromkeys(("loss", record.metric.removeprefix("val_")))
-    drawn = {f"curve_{name}": seed_curves(runs, name) for name in names}
+    drawn = {f"curve_{name}": seed_curves(runs, name, metric_name(name)) for name in names}
     text = f"{counted(len(runs), 'final training')} of the chosen model, a line each."
     text += f" Of each the epoch with the best validation {metric_name(record.metric)} is kept."
     return Section("Learning curves", [pictures(**drawn), Text(text)])

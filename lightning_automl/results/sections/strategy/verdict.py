@@ -38,7 +38,7 @@ def _achieved(record: StrategyRecord, chosen: ModelRecord) -> str:
         opened = times_opened(evidence)
         where += f", opened {'once' if opened == 1 else f'{opened} times'}"
     balanced, auroc = score_of("balanced_accuracy", evidence), score_of("auroc", evidence)
-    text = f"{where}, {chosen.title}{_averaged(record, chosen)} has a balanced accuracy of {percent(balanced[0])} "
+    text = f"{where}, {chosen.title!r}{_averaged(record, chosen)} has a balanced accuracy of {percent(balanced[0])} "
     text += f"({interval_text(balanced)})"
     if math.isfinite(auroc[0]):
         interval = f" (95 % interval {auroc[1]:.3f} to {auroc[2]:.3f})" if math.isfinite(auroc[1]) else ""
@@ -69,23 +69,20 @@ def _searched(record: StrategyRecord) -> str:
     found = record.comparison
     simple = record.title(record.simple_key) if record.simple_key else "the best default"
     if not math.isfinite(finite(found.get("difference"))):
-        why = str(found.get("sentence") or _why_nothing(record)).strip().removesuffix(".")
-        why = why if why else "no reason is known"
-        return (
-            f"Whether anything searched would have beaten the simple arm ({simple}) was not found out: {_lower(why)}."
-        )
+        why = _kept(str(found.get("sentence") or _why_nothing(record)).strip().removesuffix("."))
+        return f"{why[0].upper()}{why[1:]}; the simple arm ({simple!r}) is kept."
     searched = record.title(found.get("searched"))
     runs = len((found.get("values") or {}).get("searched") or ())
     where = f"in {counted(runs, 'paired training')} on folds that no search had seen" if runs else "in the comparison"
     gap = difference_words(found, metric_name(record.metric))
-    who = f"What was searched ({kind_words(record)}: {searched})"
+    who = f"What was searched ({kind_words(record)}: {searched!r})"
     if is_better(found, record.maximize):
         end = "" if found.get("adopted") == "searched" else ", yet it was not adopted"
-        return f"{who} beat the simple arm ({simple}) {where}: {gap}{end}."
+        return f"{who} beat the simple arm ({simple!r}) {where}: {gap}{end}."
     adopted = (
         "so that the simple one was kept" if found.get("adopted") != "searched" else "and was adopted all the same"
     )
-    return f"{who} did not outperform the simple arm ({simple}) {where} ({gap}), {adopted}."
+    return f"{who} did not outperform the simple arm ({simple!r}) {where} ({gap}), {adopted}."
 
 
 def _why_nothing(record: StrategyRecord) -> str:
@@ -93,10 +90,9 @@ def _why_nothing(record: StrategyRecord) -> str:
     return str(why.get("comparison") or "nothing was searched")
 
 
-def _lower(text: str) -> str:
-    """To go on after a colon; names keep their capitals."""
-    first = text.split(" ", 1)[0]
-    return text[0].lower() + text[1:] if (text and first[1:].islower()) or len(first) == 1 else text
+def _kept(why: str) -> str:
+    """A reason without what follows from it, which is said with the name of what is kept."""
+    return why.removesuffix("the simple arm is kept").strip().removesuffix(";") or "nothing was searched"
 
 
 def _weakest(record: StrategyRecord) -> str:
@@ -150,7 +146,7 @@ def _so_far(record: StrategyRecord) -> str:
         return "Nothing can be said of any model yet, and the test split is closed."
     interval = f", 95 % interval {ends(leader.low, leader.high)}" if math.isfinite(leader.low) else ""
     return (
-        f"So far {record.title(leader.key)} leads with {metric_name(record.metric)} {metric(leader.mean)} over "
+        f"So far {record.title(leader.key)!r} leads with {metric_name(record.metric)} {metric(leader.mean)} over "
         f"{counted(len(leader.folds), 'fold')}{interval}, which being chosen by it flatters, and the test split is "
         "closed."
     )

@@ -34,8 +34,13 @@ METRICS = {
 
 
 def time_words(seconds: float) -> str:
-    """``30 min``, ``1 min 5 s``."""
-    return duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min")
+    """``30 min``, ``1 min 5 s``, in one line."""
+    return unbroken(duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min"))
+
+
+def unbroken(text: str) -> str:
+    """The same, in one line of a table."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def stage_name(name: str) -> str:
