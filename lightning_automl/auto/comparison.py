@@ -45,7 +45,7 @@ def compare(
     The value of a run is the metric after its last epoch. The searched one is adopted if the interval of the paired
     differences (:func:`~lightning_automl.metrics.comparison.corrected_resampled_t_test`) excludes zero in its favour.
     Equal arms, a single pair and a run that has failed claim nothing. Seeds that do not fit into the time are left out,
-    whole ones, which is noted as a cut.
+    which is noted as a cut.
 
     Args:
         runs: Trains them, once, and knows how much time is left.
@@ -68,7 +68,7 @@ def compare(
         reason = reason.strip().removesuffix(".") or "There was nothing to compare"
         return record | {"adopted": "simple", "sentence": f"{reason}; the simple arm is kept."}
     outcomes = _trained(runs, plan, facts, (simple, searched), seed, int(wanted["seeds"]))
-    values = [_values(outcomes, own) for own in (simple, searched)]
+    values = _values(outcomes, (simple, searched))
     record |= {
         **{"searched": searched.key, "kind": kind},
         "values": {name: _rows(own) for name, own in zip(("simple", "searched"), values, strict=True)},
@@ -134,14 +134,14 @@ def best_challenger(
         challengers: What was found by searches.
         seed: Of the runs, that of the selection.
     """
-    means: list[dict[str, Any]] = []
-    for each in (Challenger(simple, "simple"), *challengers):
-        jobs = [Job(each.candidate, fold, seed) for fold in plan["search_folds"]]
-        fits = all(map(runs.is_settled, jobs)) or runs.wall_seconds(jobs) <= seconds_for(STAGE, plan, runs.clock)
-        if not fits:
-            runs.clock.cut(f"judgement of the {each.kind}", f"No time was left to judge {each.candidate.title}.")
-        mean = _mean(runs.each(jobs)) if fits else None
-        means.append({"key": each.candidate.key, "title": each.candidate.title, "kind": each.kind, "mean": mean})
+    unique = {each.candidate.key: each for each in (*reversed(challengers), Challenger(simple, "simple"))}
+    challengers = [each for each in challengers if unique[each.candidate.key] is each]
+    known = (Challenger(simple, "simple"), *challengers)
+    outcomes = _on_search_folds(runs, plan, known, seed)
+    means = [
+        {"key": own.key, "title": own.title, "kind": kind, "mean": _mean(found)}
+        for (own, kind), found in zip(known, outcomes, strict=True)
+    ]
     if not challengers:
         return Choice(None, 0, means, "Nothing was searched.")
     tried = sum(row["mean"] is not None for row in means[1:])
@@ -165,32 +165,74 @@ def best_challenger(
     return Choice(chosen, tried, means, f"{chosen.candidate.title} is the best on the search folds")
 
 
+def _on_search_folds(
+    runs: Runs, plan: Mapping[str, Any], known: Sequence[Challenger], seed: int
+) -> list[list[Outcome]]:
+    """What came of each one's runs, all trained together; nothing of those that there is no time for."""
+    left, clock = seconds_for(STAGE, plan, runs.clock), runs.clock
+    jobs: dict[int, list[Job]] = {}
+    for number, (candidate, kind) in enumerate(known):
+        own = [Job(candidate, fold, seed) for fold in plan["search_folds"]]
+        needed = runs.wall_seconds([*_all(jobs), *own])
+        if all(map(runs.is_settled, own)) or (needed <= left and _judgement(kind) not in clock.cuts):
+            jobs[number] = own
+        else:
+            clock.cut(_judgement(kind), f"No time was left to judge {candidate.title}.")
+    everything = _all(jobs)
+    within = max(1.5 * runs.wall_seconds(everything), (left + clock.left()) / 2)
+    found = iter(runs.each(everything, within=within))
+    outcomes = [[next(found) for _ in jobs.get(number, ())] for number in range(len(known))]
+    for (candidate, kind), own_outcomes in zip(known, outcomes, strict=True):
+        if any(each.reason == BUDGET for each in own_outcomes):
+            clock.cut(_judgement(kind), f"No time was left to judge {candidate.title} on all folds.")
+    return outcomes
+
+
+def _all(jobs: Mapping[int, Sequence[Job]]) -> list[Job]:
+    return [job for own in jobs.values() for job in own]
+
+
+def _judgement(kind: str) -> str:
+    """Name of a cut."""
+    return f"judgement of the {kind}"
+
+
 def _trained(
     runs: Runs, plan: Mapping[str, Any], facts: Facts, both: tuple[Candidate, Candidate], seed: int, seeds: int
 ) -> list[tuple[Job, Outcome]]:
-    """The runs of whole seeds, as many of these at once as the workers can do, and what came of each."""
-    folds = facts.comparison_folds
+    """The runs that there is time for, as many seeds at once as the workers can do, and what came of each."""
+    folds, clock = facts.comparison_folds, runs.clock
     at_once = max(1, runs.workers.number // (len(both) * len(folds)))
     found: list[tuple[Job, Outcome]] = []
     for first in range(0, seeds, at_once):
         fresh = [seed + FRESH + number for number in range(first, min(first + at_once, seeds))]
         jobs = [Job(own, fold, each) for each in fresh for fold in folds for own in both]
-        fits = STAGE not in runs.clock.cuts and runs.wall_seconds(jobs) <= seconds_for(STAGE, plan, runs.clock)
-        if not fits and not all(map(runs.is_settled, jobs)):
-            runs.clock.cut(STAGE, f"The comparison has {first} of {seeds} seeds, for lack of time.")
-            break
-        found += zip(jobs, runs.each(jobs), strict=True)
+        needed, left = runs.wall_seconds(jobs), seconds_for(STAGE, plan, clock)
+        cut = f"The comparison was cut after {first} of {seeds} seeds, for lack of time."
+        if needed and needed > left and STAGE not in clock.cuts:
+            clock.cut(STAGE, cut)
+        if STAGE in clock.cuts:  # what was cut stays so
+            jobs = [job for job in jobs if runs.is_settled(job)]
+        # At most half of what is meant for the final runs: a wrong estimate should not cost all of them.
+        outcomes = runs.each(jobs, within=max(1.5 * needed, (left + clock.left()) / 2)) if jobs else []
+        if any(each.reason == BUDGET for each in outcomes):
+            clock.cut(STAGE, cut)
+        found += zip(jobs, outcomes, strict=True)
     return found
 
 
-def _values(outcomes: Sequence[tuple[Job, Outcome]], candidate: Candidate) -> _Values:
-    """By fold and seed; pairs that the time did not allow are left out, and what has failed is NaN."""
-    late = {(job.fold, job.seed) for job, each in outcomes if each.reason == BUDGET}
-    return {
-        (job.fold, job.seed): math.nan if each.value is None else each.value
-        for job, each in outcomes
-        if job.candidate is candidate and job.fold is not None and (job.fold, job.seed) not in late
-    }
+def _values(outcomes: Sequence[tuple[Job, Outcome]], both: tuple[Candidate, Candidate]) -> tuple[_Values, _Values]:
+    """By fold and seed, of pairs that the time has allowed; what has failed is NaN."""
+    simple, searched = (
+        {
+            (job.fold, job.seed): math.nan if each.value is None else each.value
+            for job, each in outcomes
+            if job.candidate is own and job.fold is not None and each.reason != BUDGET
+        }
+        for own in both
+    )
+    pairs = [key for key in simple if key in searched]
+    return {key: simple[key] for key in pairs}, {key: searched[key] for key in pairs}
 
 
 def _rows(values: _Values) -> list[dict[str, Any]]:
@@ -209,7 +251,7 @@ def _images(outcomes: Sequence[tuple[Job, Outcome]]) -> tuple[int, int]:
 
 def _mean(outcomes: Sequence[Outcome]) -> float | None:
     values = [each.value for each in outcomes if each.value is not None]
-    return math.fsum(values) / len(values) if len(values) == len(outcomes) else None
+    return math.fsum(values) / len(values) if values and len(values) == len(outcomes) else None
 
 
 def _sentence(
