@@ -23,8 +23,6 @@ log = logging.getLogger("lightning_automl")
 
 #: Name of the stage in the plan, and of its directory.
 STAGE = "architecture_search"
-#: The arm that trains what is found.
-ARM = "pcdarts"
 #: Share of the epochs in which the alphas stay as they are; 15 of 50 in the paper.
 _WARMUP = 0.3
 #: Skip connections in a cell at most: with more of them an architecture search has collapsed.
@@ -63,7 +61,7 @@ def search_architecture(
         return None
     place = directory / STAGE
     epochs = int(wanted["epochs"])
-    if STAGE not in clock.cuts and (read_json(place / "summary.json") or {}).get("status") != "finished":
+    if STAGE not in clock.cuts and not _is_done(place, epochs):
         own = workers.within(seconds_for(STAGE, plan, clock))
         try:
             own.fit("the architecture search", _settled(own, directory, facts, plan, epochs, seed), place)
@@ -77,17 +75,14 @@ def challenger(directory: Path, plan: Mapping[str, Any], genotype: Path, policy:
 
     Args:
         directory: Of the strategy.
-        plan: Has the arm, and for how many epochs it trains.
+        plan: Has in ``architecture_search`` the ``arm``, and for how many epochs it trains.
         genotype: What :func:`search_architecture` has returned.
         policy: Name of a file in ``policies/``, without ``.json``.
 
     Raises:
         UserError: If the arm was not measured, so that it has no config.
     """
-    planned = next((arm for arm in plan["arms"] if arm["name"] == ARM), None)
-    if planned is None:
-        raise UserError(f"the plan has no arm {ARM}, which trains what an architecture search has found")
-    plain = candidate_of(directory, planned, policy)
+    plain = candidate_of(directory, plan[STAGE]["arm"], policy)
     config: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(plain.config)))
     config["model"]["init_args"]["model"]["init_args"]["genotype"] = read_json(genotype)
     return replace(plain, config=config, default=False)
@@ -158,12 +153,20 @@ def _settled(
         payload: dict[str, Any] = {"do": "check", "file": f"{scratch}/check.yaml", "configs": [config], "built": []}
         found = workers.do("the look at the architecture search", payload, Path(scratch, "output.txt"))
     resolved = to_its_end(closed(found["resolved"][0], directory))
-    path = place / "config.yaml"
-    if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if differences(before, resolved):
-            log.info("the architecture search is now another one; the former is in %s", put_aside(place))
+    if (place / "config.yaml").exists() and differences(_config(place), resolved):
+        log.info("the architecture search is now another one; the former is in %s", put_aside(place))
     return resolved
+
+
+def _is_done(place: Path, epochs: int) -> bool:
+    """Whether it was searched to its end, for so many epochs."""
+    finished = (read_json(place / "summary.json") or {}).get("status") == "finished"
+    return finished and bool(_config(place)["trainer"]["max_epochs"] == epochs)
+
+
+def _config(place: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+    return config
 
 
 def _epochs_of(place: Path) -> int:
@@ -185,8 +188,7 @@ def _note(clock: Clock, error: Exception | None, done: int, epochs: int) -> None
 def _found(place: Path) -> Path | None:
     """The genotype, unless its architecture has never moved, so that it was drawn by lot."""
     path = place / "genotype.json"
-    config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8")) if path.exists() else None
-    if config is None or _epochs_of(place) <= config["model"]["init_args"]["warmup_epochs"]:
+    if not path.exists() or _epochs_of(place) <= _config(place)["model"]["init_args"]["warmup_epochs"]:
         log.warning("No architecture was found.")
         return None
     return path

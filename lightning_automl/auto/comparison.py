@@ -169,7 +169,8 @@ def _on_search_folds(
     runs: Runs, plan: Mapping[str, Any], known: Sequence[Challenger], seed: int
 ) -> list[list[Outcome]]:
     """What came of each one's runs, all trained together; nothing of those that there is no time for."""
-    left, clock = seconds_for(STAGE, plan, runs.clock), runs.clock
+    clock = runs.clock
+    left = seconds_for(STAGE, plan, clock) - _kept_for_half(runs, plan, known[0].candidate, seed)
     jobs: dict[int, list[Job]] = {}
     for number, (candidate, kind) in enumerate(known):
         own = [Job(candidate, fold, seed) for fold in plan["search_folds"]]
@@ -179,13 +180,20 @@ def _on_search_folds(
         else:
             clock.cut(_judgement(kind), f"No time was left to judge {candidate.title}.")
     everything = _all(jobs)
-    within = max(1.5 * runs.wall_seconds(everything), (left + clock.left()) / 2)
+    within = max(1.5 * runs.wall_seconds(everything), seconds_for(STAGE, plan, clock))
     found = iter(runs.each(everything, within=within))
     outcomes = [[next(found) for _ in jobs.get(number, ())] for number in range(len(known))]
     for (candidate, kind), own_outcomes in zip(known, outcomes, strict=True):
         if any(each.reason == BUDGET for each in own_outcomes):
             clock.cut(_judgement(kind), f"No time was left to judge {candidate.title} on all folds.")
     return outcomes
+
+
+def _kept_for_half(runs: Runs, plan: Mapping[str, Any], simple: Candidate, seed: int) -> float:
+    """Seconds that are left to the comparison itself: half of its seeds, with runs as long as the simple arm's."""
+    seeds = math.ceil((plan[STAGE] or {"seeds": 0})["seeds"] / 2)
+    fresh = [Job(simple, fold, seed + FRESH + number) for number in range(seeds) for fold in plan["comparison_folds"]]
+    return runs.wall_seconds([*fresh, *fresh])
 
 
 def _all(jobs: Mapping[int, Sequence[Job]]) -> list[Job]:
