@@ -56,7 +56,7 @@ def compare(
         kind: Of what was searched: ``hyper-parameters``, ``policy`` or ``architecture``.
         seed: Of the strategy; the runs have seeds that begin ``FRESH`` later.
         tried: How many challengers ``searched`` is the best of.
-        why: A sentence for ``searched`` of None.
+        why: A sentence for ``searched`` of None, where a comparison was planned.
 
     Returns:
         What ``comparison.json`` holds.
@@ -64,9 +64,10 @@ def compare(
     record = {"metric": plan["metric"], "direction": plan["direction"], "simple": simple.key}
     wanted = plan[STAGE]
     if searched is None or wanted is None or searched.key == simple.key:
-        reason = (plan.get("why_not") or {}).get(STAGE, "") if searched is not None and wanted is None else why
+        reason = (plan.get("why_not") or {}).get(STAGE, "") if wanted is None else why
         reason = reason.strip().removesuffix(".") or "There was nothing to compare"
-        return record | {"adopted": "simple", "sentence": f"{reason}; the simple arm is kept."}
+        sentence = f"{reason[0].upper()}{reason[1:]}; the simple arm is kept."
+        return record | {"adopted": "simple", "sentence": sentence}
     outcomes = _trained(runs, plan, facts, (simple, searched), seed, int(wanted["seeds"]))
     values = _values(outcomes, (simple, searched))
     record |= {
@@ -104,7 +105,7 @@ class Choice(NamedTuple):
         challenger: None if none is better than the simple arm on the search folds.
         tried: How many have values there.
         means: ``key``, ``title``, ``kind`` and ``mean`` of all, the simple arm's first; the mean is None where a run
-            has no value.
+            has no value. Empty without challengers.
         sentence: Why there is none, or which it is.
     """
 
@@ -136,14 +137,14 @@ def best_challenger(
     """
     unique = {each.candidate.key: each for each in (*reversed(challengers), Challenger(simple, "simple"))}
     challengers = [each for each in challengers if unique[each.candidate.key] is each]
+    if not challengers:
+        return Choice(None, 0, [], "Nothing that was searched is left to compare.")
     known = (Challenger(simple, "simple"), *challengers)
     outcomes = _on_search_folds(runs, plan, known, seed)
     means = [
         {"key": own.key, "title": own.title, "kind": kind, "mean": _mean(found)}
         for (own, kind), found in zip(known, outcomes, strict=True)
     ]
-    if not challengers:
-        return Choice(None, 0, means, "Nothing was searched.")
     tried = sum(row["mean"] is not None for row in means[1:])
     if means[0]["mean"] is None or not tried:
         return Choice(None, tried, means, "What was searched has no value on every search fold.")

@@ -227,7 +227,7 @@ def test_without_a_challenger_or_a_plan_the_reason_is_said(trained):
     assert (record["adopted"], record["sentence"]) == ("simple", "Nothing was searched; the simple arm is kept.")
     plan = plan_of(comparison=None, why_not={"comparison": "the budget is too small for a comparison"})
     record = compare(runs, plan, DIGITS, SIMPLE, TUNED, "hyper-parameters")
-    assert record["sentence"] == "the budget is too small for a comparison; the simple arm is kept."
+    assert record["sentence"] == "The budget is too small for a comparison; the simple arm is kept."
     assert not runs.done
 
 
@@ -299,7 +299,16 @@ def test_the_reason_that_none_is_compared_is_a_sentence(trained):
     )
     several = best_challenger(trained(means(**values)), plan_of(), SIMPLE, CHALLENGERS)
     assert several.sentence.startswith("None of 3 searched challengers outperformed the simple arm on the search folds")
-    assert best_challenger(trained(means(**values)), plan_of(), SIMPLE, []).sentence == "Nothing was searched."
+
+
+@pytest.mark.parametrize("challengers", [[], [Challenger(SIMPLE, "hyper-parameters")]])
+def test_without_challengers_nothing_is_trained(trained, challengers):
+    runs = trained(better_by(0.04))
+    choice = best_challenger(runs, plan_of(), SIMPLE, challengers)
+    assert (choice.challenger, choice.tried, choice.means, runs.done) == (None, 0, [], [])
+    assert compare(runs, plan_of(), DIGITS, SIMPLE, None, "", why=choice.sentence)["sentence"] == (
+        "Nothing that was searched is left to compare; the simple arm is kept."
+    )
 
 
 def test_a_challenger_for_which_there_is_no_time_is_left_out(trained):
