@@ -8,6 +8,7 @@ import yaml
 
 from lightning_automl.auto.arms import Arm
 from lightning_automl.auto.runs import Runs
+from lightning_automl.rundir import write_json
 from lightning_automl.search.devices import Slice
 from lightning_automl.studies.workers import Workers
 
@@ -19,8 +20,8 @@ SPACE = {
 }
 
 
-def arm(name, title=None, space=None):
-    return Arm(name, title or name.capitalize(), False, lambda facts, source: {}, 100, (1, 10), space or SPACE)
+def arm(name):
+    return Arm(name, name.capitalize(), make=lambda facts, source: {}, steps=100, epochs=(1, 10), space=SPACE)
 
 
 def config_of(name="cnn", **data):
@@ -120,7 +121,7 @@ def leave(place, value, epochs=3):
     for name in ("last.ckpt", "best.ckpt"):
         (place / "checkpoints" / name).write_text("weights")
     summary = {"command": "fit", "status": "finished", "metrics": {"val_auroc": value + 0.01}, "seconds": 2.5}
-    (place / "summary.json").write_text(json.dumps(summary))
+    write_json(place / "summary.json", summary)
 
 
 def runs_of(directory, facts, plan, value, *, clock=None, number=2):
