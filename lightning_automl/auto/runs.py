@@ -98,7 +98,7 @@ class Runs:
         self.plan = plan
         self.clock = clock
         self.metric: str = plan["metric"]
-        self._planned = {arm["name"]: float(arm["run_seconds"]) for arm in plan["arms"]}
+        self._planned = _planned(plan)
         self._learned: dict[tuple[str, str], dict[Path, float]] = defaultdict(dict)
         self._lock = threading.Lock()
         self._telling = threading.Lock()
@@ -139,13 +139,17 @@ class Runs:
     def seconds(self, job: Job) -> float:
         """How long a run will take, by those of its arm that have ended, else by the plan."""
         arm, kind = job.candidate.arm, self._kind(job)
+        planned = self._planned.get((arm, kind), max(self._planned.values(), default=0.0))
         with self._lock:
             learned = {own: sum(times.values()) / len(times) for own, times in self._learned.items()}
         if (arm, kind) in learned:
             return learned[arm, kind]
-        planned = self._planned.get(arm, max(self._planned.values(), default=0.0))
-        own = [seconds for (name, _), seconds in learned.items() if name == arm]
-        return max(planned, *own) if own else planned
+        # Runs of another kind, else of other arms, tell how far the plan is from the truth.
+        known = [own for own in learned if self._planned.get(own)]
+        known = [own for own in known if own[0] == arm] or known
+        if not known:
+            return planned
+        return planned * max(1.0, sum(learned[own] for own in known) / sum(self._planned[own] for own in known))
 
     def wall_seconds(self, jobs: Sequence[Job]) -> float:
         """How long several will take together, those that are settled not counted: the longest first."""
@@ -272,3 +276,16 @@ class Runs:
     def _learn(self, job: Job, seconds: float) -> None:
         with self._lock:  # the first counts: the time that passed says more than what the run knows of itself
             self._learned[job.candidate.arm, self._kind(job)].setdefault(self.place(job), seconds)
+
+
+def _planned(plan: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Seconds of a run by arm and kind."""
+    arms = list(plan["arms"])
+    if searched := plan.get("architecture_search"):
+        arms.append(searched["arm"])
+    kinds = ("search", "comparison", "final")
+    return {
+        (arm["name"], kind): float((arm.get("seconds") or {}).get(kind, arm["run_seconds"]))
+        for arm in arms
+        for kind in kinds
+    }

@@ -78,8 +78,13 @@ def select(
         log.info("selection: %s is the only candidate, there is nothing to choose", standings.candidates[0].title)
         standings.scored = [Scored(0, 0, defaults[0], state="PRUNED")]
     else:
-        how = {"direction": plan["direction"], "seed": seed, "on_rung": rungs.keep}
-        _, whole = search(standings.space, defaults, sizes, len(standings.folds), rungs.evaluate, **how)
+        _, whole = search(
+            *(standings.space, defaults, sizes, len(standings.folds), rungs.evaluate),
+            direction=plan["direction"],
+            seed=seed,
+            reduction=plan["reduction"],
+            on_rung=rungs.keep,
+        )
         if not whole:
             log.warning("%s", standings.cut_sentence())
             runs.clock.cut(STAGE, standings.cut_sentence())

@@ -59,6 +59,7 @@ def plan_of(*names, facts, generations=(4,), **keys):
         "comparison_folds": facts.comparison_folds,
         "arms": [planned(name) for name in names],
         "generations": list(generations),
+        "reduction": 3,
         "stages": stages,
         **keys,
     }

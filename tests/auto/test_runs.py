@@ -191,6 +191,18 @@ def test_how_long_a_run_takes_is_learned(directory, jobs):
     assert later.seconds(jobs[1]) == 2.5
 
 
+def test_if_runs_take_longer_than_planned_others_are_taken_to_do_so(directory, jobs):
+    kinds = {"search": 1.25, "comparison": 2.0, "final": 3.0}
+    plan = {**PLAN, "arms": [planned("cnn", seconds=kinds), planned("resnet", seconds=kinds)]}
+    runs_of(directory, BREAST, plan, score).each(jobs[:1])
+    runs = runs_of(directory, BREAST, plan, score)
+    final = Job(jobs[2].candidate, None, 0)
+    assert (runs.seconds(jobs[2]), runs.seconds(final)) == (1.25, 3.0)
+    runs.each(jobs[:1])  # took 2.5 s, twice as long
+    assert (runs.seconds(jobs[2]), runs.seconds(final)) == (2.5, 6.0)
+    assert runs.seconds(Job(jobs[0].candidate, 4, 0)) == 4.0
+
+
 def test_each_run_is_told_one_at_a_time(directory, jobs):
     told, busy = [], threading.Lock()
 
