@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,17 @@ def available(facts: Facts, backbone: str | None, weights: str | None) -> tuple[
         UserError: If weights are given that are not there, or without their network.
     """
     missing = _why_not_pretrained(backbone, weights)
-    names = list(ARMS) if missing else list(_WITH_PRETRAINED)
     not_run = {name: missing for name, arm in ARMS.items() if missing and arm.pretrained}
     if too_little := _why_not_searched(facts):
         not_run |= {name: too_little for name, arm in ARMS.items() if arm.only_searched}
-    return [ARMS[name] for name in names if name not in not_run], not_run
+    return [ARMS[name] for name in in_order(set(ARMS) - set(not_run))], not_run
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of arms, the likely best first."""
+    there = set(names)
+    order = _WITH_PRETRAINED if any(ARMS[name].pretrained for name in there) else tuple(ARMS)
+    return [name for name in order if name in there]
 
 
 def _why_not_pretrained(backbone: str | None, weights: str | None) -> str | None:
