@@ -72,7 +72,7 @@ def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool) -
         _row(axes, row, each, scale)
     # A dollar sign in a name is no formula.
     axes.set_yticks(range(len(drawn)), labels=names, fontsize=8.5, parse_math=False)
-    axes.set_ylim(len(drawn) - 0.5, -0.5)
+    axes.set_ylim(max(len(drawn), 1) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     if any(map(math.isfinite, known)):

@@ -55,9 +55,11 @@ def _shares(record: StudyRecord, monitor: str) -> Mapping[str, Any]:
 
 def importances(record: StudyRecord) -> Section | None:
     """How much each parameter explains."""
-    count = len(record.of_state("COMPLETE"))
+    by = record.search.get("importances_by")  # of something that pruned trials have too
+    count = len([trial for trial in record.of_state("COMPLETE", *(["PRUNED"] if by else [])) if trial.values])
     if record.population or not count or not record.parameters:
         return None
+    trials = counted(count, "trial" if by else "complete trial")
     title = "Which parameters matter"
     figures = {}
     used: set[str] = set()
@@ -77,14 +79,16 @@ def importances(record: StudyRecord) -> Section | None:
             used |= own.keys()
     if not figures:
         few = count < _IMPORTANCE_TRIALS
-        why = f"they need {_IMPORTANCE_TRIALS} complete trials" if few else "the values of the trials hardly differ"
-        return Section(title, [Text(f"There are {count} complete trials, and no importances: {why}.")])
+        needed = f"they need {_IMPORTANCE_TRIALS} {'trials' if by else 'complete trials'}"
+        why = needed if few else "the values of the trials hardly differ"
+        verb = "is" if count == 1 else "are"
+        return Section(title, [Text(f"There {verb} {trials}, and no importances: {why}.")])
     said = {
         "PED-ANOVA": "PED-ANOVA compares the values of the best trials with those of all",
         "fANOVA": "fANOVA splits the variance that a random forest predicts, over the parameters that all trials have",
     }
     text = (
-        f"From {counted(count, 'complete trial')}{', which is little' if count < 50 else ''}: the order of the largest "
+        f"From {trials}{f' by {by}' if by else ''}{', which is little' if count < 50 else ''}: the order of the largest "
         f"shares is worth more than their sizes. {'; '.join(said[each] for each in said if each in used)}. Both speak "
         "of the ranges that were searched: a parameter whose values are all good, or all alike, has a small share."
     )
