@@ -126,7 +126,7 @@ class Standings:
             "generations": self.generations,
             "seed": self.seed,
             "sampler": "optuna.samplers.TPESampler",
-            "importances_of": "the first fold, which all candidates were trained on",
+            "importances_by": "their values on the first fold",
         }
         # Few come to the last fold, and the means of the others are of other folds.
         first = [

@@ -13,6 +13,7 @@ from lightning_automl.auto.arms import ARMS
 from lightning_automl.auto.arms import config_of as arm_config
 from lightning_automl.auto.runs import Runs
 from lightning_automl.auto.selection import policy_name, select, study_space
+from lightning_automl.results.sections.study.space import importances
 from lightning_automl.results.study import StudyRecord
 from lightning_automl.rundir import UserError
 from lightning_automl.search.devices import Slice
@@ -284,6 +285,8 @@ def test_trials_and_study_are_those_of_a_search(directory):
     assert study.folds == 3
     assert study.winner.params["arm"] == "resnet"
     assert "ped_anova" in study.importances  # of the first fold, which all have
+    *_, said = importances(study).blocks
+    assert "From 18 trials by their values on the first fold, which is little" in said.text
     assert study.parameters["resnet.lr"].path == LR
 
 

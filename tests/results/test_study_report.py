@@ -539,7 +539,7 @@ def test_many_failures_are_folded(study):
 
 def test_importances_need_ten_trials_and_say_on_how_many_they_rest(study):
     few = page_of(study([trial(0, value=0.8)])).sections["Which parameters matter"]
-    assert "There are 1 complete trials, and no importances: they need 10 complete trials." in few
+    assert "There is 1 complete trial, and no importances: they need 10 complete trials." in few
     alike = page_of(study([trial(number, value=0.8) for number in range(12)])).sections["Which parameters matter"]
     assert "the values of the trials hardly differ" in alike
     many = page_of(study(usual(), importances={"ped_anova": {LR: 1.0}})).sections["Which parameters matter"]

@@ -60,6 +60,7 @@ def importances(record: StudyRecord) -> Section | None:
     if record.population or not count or not record.parameters:
         return None
     trials = counted(count, "trial" if by else "complete trial")
+    source = f"{trials} by {by}" if by else trials
     title = "Which parameters matter"
     figures = {}
     used: set[str] = set()
@@ -88,7 +89,7 @@ def importances(record: StudyRecord) -> Section | None:
         "fANOVA": "fANOVA splits the variance that a random forest predicts, over the parameters that all trials have",
     }
     text = (
-        f"From {trials}{f' by {by}' if by else ''}{', which is little' if count < 50 else ''}: the order of the largest "
+        f"From {source}{', which is little' if count < 50 else ''}: the order of the largest "
         f"shares is worth more than their sizes. {'; '.join(said[each] for each in said if each in used)}. Both speak "
         "of the ranges that were searched: a parameter whose values are all good, or all alike, has a small share."
     )
