@@ -33,6 +33,8 @@ class Arm:
         name: In files.
         title: For a person.
         make: The ``model`` of its fit config: the task, with network, optimizer and schedule.
+        work: Milliseconds of a training step for an image of 28 x 28 pixels (of 96 x 96 when pretrained) on a thread,
+            roughly; it decides on how many images the time is measured, and nothing else.
         steps: Training steps by which the epochs are chosen.
         epochs: Fewest and most epochs, whatever the number of images.
         space: What a search may change beside the base augmentation, by name, in the short forms of spaces, each with
@@ -44,6 +46,7 @@ class Arm:
     name: str
     title: str
     make: Callable[[Facts, Source], dict[str, Any]]
+    work: float
     steps: int
     epochs: tuple[int, int]
     space: Mapping[str, Any] = field(hash=False)
@@ -73,6 +76,7 @@ ARMS: dict[str, Arm] = {
             "resnet",
             "ResNet-20 from scratch",
             recipes.resnet,
+            work=2.0,
             steps=1500,
             epochs=(12, 80),
             # Depths whose cost is the default's on average, since the plan reckons with that.
@@ -82,6 +86,7 @@ ARMS: dict[str, Arm] = {
             "cnn",
             "small CNN from scratch",
             recipes.cnn,
+            work=0.6,
             steps=1500,
             epochs=(12, 80),
             space=_space(
@@ -95,6 +100,7 @@ ARMS: dict[str, Arm] = {
             "densenet",
             "DenseNet-40 from scratch",
             recipes.densenet,
+            work=6.0,
             steps=1500,
             epochs=(12, 80),
             space=_space((4e-4, 1e-2), (5e-3, 0.5), **_network("dropout", float=[0.0, 0.3])),
@@ -103,6 +109,7 @@ ARMS: dict[str, Arm] = {
             "finetune",
             "pretrained, all of it fine-tuned",
             recipes.finetune,
+            work=18.0,
             steps=300,
             epochs=(4, 20),
             space=_space(
@@ -116,6 +123,7 @@ ARMS: dict[str, Arm] = {
             "head",
             "pretrained, head only",
             recipes.head,
+            work=5.0,
             steps=300,
             epochs=(5, 30),
             space=_space(
@@ -129,6 +137,7 @@ ARMS: dict[str, Arm] = {
             "lora",
             "pretrained, LoRA",
             recipes.lora,
+            work=18.0,
             steps=300,
             epochs=(4, 20),
             space=_space((4e-4, 1e-2), (1e-3, 0.1), rank={"choice": [2, 4, 8], "path": f"{_ADAPTER}r"}),
@@ -138,6 +147,7 @@ ARMS: dict[str, Arm] = {
             "conv_adapter",
             "pretrained, conv adapter",
             recipes.conv_adapter,
+            work=13.0,
             steps=300,
             epochs=(4, 20),
             space=_space(
@@ -151,6 +161,7 @@ ARMS: dict[str, Arm] = {
             "pcdarts",
             "searched cells (PC-DARTS)",
             recipes.pcdarts,
+            work=6.0,
             steps=1500,
             epochs=(12, 80),
             space=_space((4e-4, 1e-2), (5e-3, 0.5), **_network("drop_path", float=[0.0, 0.3])),

@@ -18,6 +18,8 @@ from lightning_automl.auto.ladder import (
 )
 from lightning_automl.studies.progress import spoken
 
+#: What is measured for the architecture search: its network, and the search itself.
+_CELLS = ("pcdarts", "architecture_search")
 _POLICY_NAMES = {"none": "no policy", "trivial_augment": "TrivialAugment"}
 
 
@@ -60,7 +62,8 @@ def why_not(measured: Mapping[str, Any], ladder: Ladder, programme: Programme, t
     if not programme.policies:
         found["policy_search"] = _why_no_policies(ladder, programme, time)
     if not programme.cells:
-        found["architecture_search"] = measured["not_run"].get("pcdarts") or _why_no_cells(ladder, programme, time)
+        missing = next((measured["not_run"][name] for name in _CELLS if name in measured["not_run"]), None)
+        found["architecture_search"] = missing or _why_no_cells(ladder, programme, time)
     return found
 
 

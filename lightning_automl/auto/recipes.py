@@ -105,14 +105,14 @@ def _from_scratch(facts: Facts, network: str, arguments: dict[str, Any], **rates
 
 
 def _fine_tuned(facts: Facts, source: Source, *, lr: float, weight_decay: float, **how: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"name": source.backbone, "resize": _enlarged(facts)}
+    arguments: dict[str, Any] = {"name": source.backbone, "resize": enlarged(facts)}
     if source.weights is not None:
         arguments["weights"] = source.weights
     network = {"class_path": "Backbone", "init_args": arguments}
     return _task(facts, "FinetuneTask", network, {"lr": lr, "weight_decay": weight_decay}, how)
 
 
-def _enlarged(facts: Facts) -> int | None:
+def enlarged(facts: Facts) -> int | None:
     """Pixels to which a backbone resizes the images, None if they stay: one made for 224 gets more out of 96 than 28.
 
     Six-fold at most: more pixels than that hold nothing new, and they cost time.

@@ -51,6 +51,7 @@ class Workers:
         self.limit = limit
         self.timeout = timeout
         self.number = len(slices)
+        self.slices = tuple(slices)
         self._deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._stopped = threading.Event()
         self._free: SimpleQueue[Slice] = SimpleQueue()
