@@ -46,13 +46,14 @@ class Standing:
     note: str = ""
 
 
-def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool) -> "Figure":
+def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool, mark: str = "chosen") -> "Figure":
     """Draw the mean of each arm with its interval and the values of its folds, one row below the other.
 
     Args:
         standings: The rows in their order; of more than `ROWS` the first ones are drawn, and the title says so.
         metric: What the values are.
         maximize: Whether more is better.
+        mark: What the chosen one is called.
 
     Returns:
         The figure. Intervals that go on beyond it end in a triangle at its edge.
@@ -83,7 +84,7 @@ def leaderboard(standings: Sequence[Standing], *, metric: str, maximize: bool) -
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.ticklabel_format(axis="x", useOffset=False)
         axes.set_xlabel(f"{metric} ({'more' if maximize else 'less'} is better)", parse_math=False)
-        _legend(figure, drawn)
+        _legend(figure, drawn, mark)
     else:
         axes.set(xticks=[], xlim=(0, 1))
     if len(standings) > ROWS:
@@ -141,11 +142,11 @@ def _style(each: Standing) -> dict[str, Any]:
     return {"marker": "o", "markersize": 6, "color": COLOURS["train"], "markeredgecolor": "black"}
 
 
-def _legend(figure: "Figure", drawn: Sequence[Standing]) -> None:
+def _legend(figure: "Figure", drawn: Sequence[Standing], mark: str) -> None:
     from matplotlib.lines import Line2D
 
     kinds = {
-        "chosen": next((each for each in drawn if each.chosen), None),
+        mark: next((each for each in drawn if each.chosen), None),
         "mean, 95 % interval": Standing(""),
         "stopped early": next((each for each in drawn if each.pruned and not each.chosen), None),
     }

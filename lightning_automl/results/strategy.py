@@ -283,8 +283,7 @@ class StrategyRecord:
     @property
     def seconds(self) -> float:
         """Spent so far, all commands of this directory together; NaN where it is not known."""
-        known = [own.get("seconds") for own in (self.progress, self.summary or {})]
-        return max((finite(each) for each in known if each is not None), default=math.nan)
+        return finite(self.progress.get("seconds", (self.summary or {}).get("seconds")))
 
     @property
     def budget(self) -> float:

@@ -81,6 +81,12 @@ def test_equal_single_and_missing_values_can_be_drawn(maximize):
     draw([], maximize)
 
 
+def test_before_anything_is_chosen_the_legend_says_so():
+    figure = leaderboard(ARMS, metric="AUROC", maximize=True, mark="leads so far")
+    texts = [text.get_text() for text in figure.legends[0].texts]
+    assert texts == ["leads so far", "mean, 95 % interval", "stopped early", "one fold"]
+
+
 def test_of_very_many_arms_the_first_are_drawn_and_the_title_says_so():
     figure = draw([Standing(f"arm {number}", 0.9) for number in range(ROWS + 3)])
     assert len(figure.axes[0].get_yticklabels()) == ROWS

@@ -49,7 +49,8 @@ def leaderboard(record: StrategyRecord) -> Section | None:
         else:
             pruned, values = each.state != "COMPLETE", list(each.folds.values())
             standings.append(Standing(row.title, each.mean, each.low, each.high, values, row.chosen, pruned))
-    figure = draw(standings, metric=metric_name(record.metric), maximize=record.maximize)
+    mark = "chosen" if record.chosen is not None else "leads so far"
+    figure = draw(standings, metric=metric_name(record.metric), maximize=record.maximize, mark=mark)
     blocks: list[Any] = [pictures(leaderboard=figure)]
     known = [row for row in rows if row.candidate is not None]
     if known:
@@ -164,7 +165,7 @@ def _text(record: StrategyRecord) -> str:
         f"Each value is the {metric_name(record.metric)} after the last epoch on images of train and validation that "
         f"the training had not seen, one training a fold ({counted(len(folds), 'fold')}), the same splits and one seed "
         "for every arm. Intervals are Student's over the folds; what was stopped early has fewer folds and is not "
-        "comparable. Being the best of several noisy values flatters: the test scores below are what counts."
+        "comparable. Being the best of several noisy values flatters: the scores on the test split are what counts."
     )
 
 

@@ -34,8 +34,9 @@ METRICS = {
 
 
 def time_words(seconds: float) -> str:
-    """``30 min``, ``1 min 5 s``, in one line."""
-    return unbroken(duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min"))
+    """``30 min``, ``1 min 5 s``; what is short stays in one line."""
+    text = duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min")
+    return unbroken(text) if text.count(" ") == 1 else text
 
 
 def unbroken(text: str) -> str:
