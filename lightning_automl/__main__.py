@@ -17,6 +17,7 @@ COMMANDS = {
         "searching",
         "vary a fit config and leave the best, or search for an augmentation policy",
     ),
+    "auto": ("auto_command", "from a folder of labelled images to a model and an honest report, within a time"),
     "report": ("finished", "write one HTML page about a run or a search, finished or not"),
     "export": ("finished", "write a run's network as ONNX, torch.export or safetensors, and check its outputs"),
     "classify": ("finished", "label new images with a run or an exported ONNX file"),

@@ -1,0 +1,176 @@
+"""The command `auto` as a whole; what its stages do is tested beside them."""
+
+import contextlib
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+import yaml
+from conftest import draw_images
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lightning_automl.auto import auto
+from lightning_automl.results import Predictor, Run
+from lightning_automl.results.run import read_predictions
+from lightning_automl.rundir import read_json
+
+
+@pytest.fixture(autouse=True)
+def one_server(_server, monkeypatch):
+    monkeypatch.setattr("lightning_automl.auto.strategy.TrialServer", lambda call: contextlib.nullcontext(_server))
+
+
+def small(plan):
+    """A plan that is done in seconds: one or two arms, few epochs."""
+    arms = [each for each in plan["arms"] if each["name"] in ("cnn", "resnet")][:1] or plan["arms"][:1]
+    for each in arms:
+        each |= {"epochs": 2, "policies": ["none"]}
+    return plan | {
+        "arms": arms,
+        "generations": [1],
+        **dict.fromkeys(("policy_search", "architecture_search", "comparison")),
+        "final": {"seeds": 2},
+    }
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Plan as ever, and do little of it."""
+    from lightning_automl.auto import plan
+
+    whole = plan.make_plan
+    monkeypatch.setattr(plan, "make_plan", lambda *args, **kwargs: small(whole(*args, **kwargs)))
+
+
+@pytest.mark.slow
+def test_the_digits_come_to_a_model_a_report_and_labels_within_the_budget(command, tmp_path):
+    started = time.monotonic()
+    answer = command("auto", "digits", "--budget", "60s", "--dir", "digits")
+    spent = read_json(tmp_path / "digits/progress.json")["seconds"]
+    assert answer.status == 0, answer.err
+    assert spent <= 66, "no assertion of speed: the plan has to give way"
+    assert spent <= time.monotonic() - started + 1
+    summary = read_json(tmp_path / "digits/summary.json")
+    assert (summary["command"], summary["status"], summary["test_opened"]) == ("auto", "finished", 1)
+    assert summary["metrics"]["test_accuracy"] > 0.9
+    page = (tmp_path / "digits/report.html").read_text()
+    assert "not a medical device" in page
+    for arm in read_json(tmp_path / "digits/plan.json")["not_run"]:
+        assert arm["title"] in page
+
+    pixels, labels = load_digits().images[:20], load_digits().target[:20]
+    (tmp_path / "new").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(tmp_path / f"new/{number:02d}.png")
+    assert command("classify", "digits", "new", "--out", "labels.csv").status == 0
+    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
+    assert sum(int(row["label"]) == label for row, label in zip(rows, labels, strict=True)) >= 17
+    assert {row["unsure"] for row in rows} <= {"yes", "no"}
+    assert command("export", "digits", "--format", "onnx").status == 0
+    assert command("classify", "digits/model.onnx", "new", "--out", "same.csv").status == 0
+    same = list(csv.DictReader((tmp_path / "same.csv").open()))
+    assert [row["label"] for row in same] == [row["label"] for row in rows]
+
+    again = command("auto", "digits", "--budget", "60s", "--dir", "digits")
+    assert again.status == 0
+    assert "is finished" in again.err
+    assert read_json(tmp_path / "digits/summary.json") == summary
+
+
+@pytest.mark.slow
+def test_a_folder_of_mixed_sizes_and_modes_with_broken_files_goes_through(command, tmp_path, quickly):
+    draw_images(tmp_path / "images", 24)
+    answer = command("auto", "images", "--budget", "90s", "--dir", "out")
+    assert answer.status == 0, answer.err
+    look = read_json(tmp_path / "out/look.json")
+    assert len(look["broken"]) == 3
+    assert "text.png" in (tmp_path / "out/report.html").read_text()
+    result = Predictor(tmp_path / "out").files(sorted((tmp_path / "images/light").iterdir()))
+    assert len(result.broken) == 3
+
+
+@pytest.mark.slow
+def test_shuffled_labels_are_at_chance(tmp_path, quickly):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 120), ("val", 40), ("test", 400)):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        arrays[f"{split}_labels"] = generator.permutation(np.arange(count) % 2)
+    np.savez(tmp_path / "noise.npz", **arrays)
+    result = auto(tmp_path / "noise.npz", budget=60, directory=tmp_path / "out")
+    assert 0.4 <= result.metrics["test_balanced_accuracy"] <= 0.6
+
+
+@pytest.mark.slow
+def test_a_longer_budget_continues_a_finished_one(tmp_path, make_npz, quickly):
+    data, out = make_npz(tmp_path / "data.npz"), tmp_path / "out"
+    auto(data, budget=60, directory=out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
+    result = auto(data, budget=90, directory=out)
+    assert result.plan["budget"] == 90
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert read_json(out / "plan.json")["budget"] == 90
+    with pytest.raises(ValueError, match="can only grow"):
+        auto(data, budget=60, directory=out)
+    with pytest.raises(ValueError, match="modality=natural, now it is histology"):
+        auto(data, budget=90, directory=out, modality="histology")
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_model(tmp_path, make_npz, quickly):
+    data = make_npz(tmp_path / "data.npz")
+    for name in ("one", "two"):
+        auto(data, budget=60, directory=tmp_path / name, seed=3)
+    models = [read_json(tmp_path / name / "model.json") for name in ("one", "two")]
+    assert models[0] == models[1]
+    first, second = (read_predictions(tmp_path / name / "predictions_test.safetensors") for name in ("one", "two"))
+    assert (first.probabilities == second.probabilities).all()
+
+
+def test_a_dry_run_prints_the_plan_and_trains_no_arm(command, tmp_path, make_npz):
+    make_npz(tmp_path / "data.npz")
+    answer = command("auto", "data.npz", "--budget", "60s", "--dir", "out", "--dry-run")
+    assert answer.status == 0, answer.err
+    for sentence in read_json(tmp_path / "out/plan.json")["sentences"]:
+        assert sentence in answer.err
+    assert not (tmp_path / "out/runs").exists()
+    assert "plan" in (command("report", "out").err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "there is no nowhere"),
+        (["digits", "--budget", "soon"], "budget is 'soon'; give a time above zero as 90s, 30m or 2h"),
+        (["digits", "--metric", "val_luck"], "metric is 'val_luck'; known: val_auroc"),
+        (["digits", "--modality", "xray"], "known: .*radiograph"),
+        (["digits", "--workers", "0"], "workers is 0; give 1 or more"),
+        (["digits", "--foldss", "3"], "unrecognized arguments: --foldss 3; see lightning-automl auto --help"),
+        ([], "the following arguments are required: data; see lightning-automl auto --help"),
+        (["digits", "--folds", "1000"], "at most"),
+        (["digits", "--budget", "5s"], "a budget of 5 s is too small"),
+    ],
+)
+def test_mistakes_get_one_sentence(command, tmp_path, arguments, sentence):
+    answer = command("auto", *arguments, *(["--dir", "out"] if arguments else []))
+    assert answer.status == 2
+    lines = answer.err.strip().splitlines()
+    assert "Traceback" not in answer.err
+    import re
+
+    assert re.search(sentence, lines[-1]), answer.err
+
+
+def test_a_directory_of_another_command_is_refused(command, digits, tmp_path):
+    answer = command("auto", "digits", "--dir", digits)
+    assert (answer.status, "is the directory of another command" in answer.err) == (2, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    answer = command("auto", "digits", "--dir", "full")
+    assert "not empty (it holds notes.txt)" in answer.err
+    assert Run.read(digits).finished
+    assert yaml.safe_load((digits / "config.yaml").read_text())["model"]
+    assert json.loads((digits / "summary.json").read_text())["command"] == "fit"
