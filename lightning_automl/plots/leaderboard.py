@@ -107,14 +107,14 @@ def _scale(drawn: Sequence[Standing], maximize: bool) -> ValueScale:
 
 
 def _row(axes: "Axes", row: int, each: Standing, scale: ValueScale) -> None:
+    if each.chosen:
+        axes.axhspan(row - 0.45, row + 0.45, color="#FFF3D6", zorder=0)
     if not math.isfinite(each.mean):
         note = _wrapped(each.note, _NOTE)
         style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "color": "0.35"}
         axes.text(0.02, row, note, fontsize=7.5, style="italic", parse_math=False, **style)
         return
     colour = _PALE if each.pruned else "black"
-    if each.chosen:
-        axes.axhspan(row - 0.45, row + 0.45, color="#FFF3D6", zorder=0)
     for value in each.values:
         if math.isfinite(value) and scale.contains(value):
             mark = _PALE if each.pruned else COLOURS["train"]

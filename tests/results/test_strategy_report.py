@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from policy_searches import write_search
 from safetensors.numpy import load_file, save_file
 from strategies import SEARCHED, SIMPLE, STAGES, TITLES, candidate, comparison, write_strategy
 from test_report import Page
@@ -282,6 +283,16 @@ def test_what_was_stopped_early_is_below_what_has_all_folds(write):
     assert [row.candidate.key for row in rows_of(read(directory)) if row.candidate] == [SIMPLE, "cnn-0000000c"]
 
 
+def test_the_only_candidate_is_chosen_without_a_value_and_nothing_is_drawn(write):
+    only = candidate(0, SIMPLE, {}, state="PRUNED", reason="the only candidate, so that there was nothing to choose")
+    directory = write(selection={"candidates": [only], "searched": None, "leaders": []})
+    page = page_of(directory, "leaderboard", "cautions")
+    said = ["ResNet-20 from scratch, no policy", "chosen: the only candidate, so that there was nothing to choose"]
+    assert page.rows["Leaderboard"][1] == said
+    assert "mean AUROC" not in page.rows["Leaderboard"][0]
+    assert "which is optimistic" not in page.sections[KEEP]
+
+
 def test_of_a_loss_the_smallest_comes_first(write):
     candidates = [
         candidate(0, SIMPLE, dict.fromkeys(range(3), 0.5)),
@@ -450,6 +461,20 @@ def test_the_policy_is_shown_on_images_and_its_lack_is_told(finished):
     lines = [line for line in path.read_text().splitlines() if "train_policy" not in line and "policies/" not in line]
     path.write_text("\n".join(lines))
     assert "without an augmentation policy" in page_of(finished, "augmentation").sections["Augmentation"]
+
+
+def test_a_searched_policy_is_shown_with_its_operations_whether_it_was_adopted_or_not(finished):
+    write_search(
+        finished / "policy_search", space="radiograph", folds=2, rounds=1, trials=12, keep=2, sentence="Found."
+    )
+    text = page_of(finished, "policy").sections["Searched augmentation policy"]
+    assert "Found." in text
+    assert "It is not that of the chosen model." in text
+    assert "policies that were kept" in text
+    shutil.copy(finished / "policy_search/searched_policy.json", finished / "policy.json")
+    assert (
+        "It is the policy of the chosen model" in page_of(finished, "policy").sections["Searched augmentation policy"]
+    )
 
 
 def test_a_genotype_that_was_not_chosen_is_drawn_and_said_to_be_none(finished):

@@ -22,7 +22,7 @@ from lightning_automl.results.sections.strategy.of_run import (
     scores,
 )
 from lightning_automl.results.sections.strategy.provenance import commands, plan, versions
-from lightning_automl.results.sections.strategy.searched import architecture, importances, slices
+from lightning_automl.results.sections.strategy.searched import architecture, importances, policy, slices
 from lightning_automl.results.sections.strategy.training import curves
 from lightning_automl.results.sections.strategy.verdict import verdict
 from lightning_automl.results.strategy import StrategyRecord
@@ -46,6 +46,7 @@ SECTIONS: list[Callable[[StrategyRecord], Section | None]] = [
     least_sure,
     data,
     augmentation,
+    policy,
     architecture,
     importances,
     slices,

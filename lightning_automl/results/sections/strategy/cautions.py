@@ -93,12 +93,12 @@ def _of_budget(record: StrategyRecord) -> list[str]:
 
 def _of_choice(record: StrategyRecord) -> list[str]:
     notes = []
-    if record.candidates:
+    means = [each.mean for each in record.candidates if math.isfinite(each.mean)]
+    if means:
         notes.append(
             "Arms and values were chosen by their values on validation folds, which is optimistic: the best of several "
             "noisy values is too good. Nothing was chosen by the test split."
         )
-    means = [each.epochs for each in record.candidates if math.isfinite(each.mean)]
     if record.chosen is not None and len(record.chosen.seeds) == 1:
         notes.append("The model is one training with one seed: another seed gives other numbers, in no interval here.")
     by_reason: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ def _of_choice(record: StrategyRecord) -> list[str]:
                 f"The test split was opened {times_opened(record.evidence)} times: whatever was chosen in between has "
                 "seen it."
             )
-    if record.look.get("modality") not in (None, "natural") and means:
+    if record.look.get("modality") not in (None, "natural"):
         notes.append(
             f"What may be done to images in the space {record.look['modality']} is a choice to be reviewed by somebody "
             "who reads such images."

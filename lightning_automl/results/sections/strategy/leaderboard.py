@@ -42,21 +42,24 @@ def leaderboard(record: StrategyRecord) -> Section | None:
     from lightning_automl.plots import leaderboard as draw
 
     standings = []
+    known = [row for row in rows if row.candidate is not None]
     for row in rows:
         each = row.candidate
         if each is None:
-            standings.append(Standing(row.title, note=row.note))
+            standings.append(Standing(row.title, chosen=row.chosen, note=row.note))
         else:
             pruned, values = each.state != "COMPLETE", list(each.folds.values())
             standings.append(Standing(row.title, each.mean, each.low, each.high, values, row.chosen, pruned))
-    mark = "chosen" if record.chosen is not None else "leads so far"
-    figure = draw(standings, metric=metric_name(record.metric), maximize=record.maximize, mark=mark)
-    blocks: list[Any] = [pictures(leaderboard=figure)]
-    known = [row for row in rows if row.candidate is not None]
+    blocks: list[Any] = []
     if known:
+        mark = "chosen" if record.chosen is not None else "leads so far"
+        figure = draw(standings, metric=metric_name(record.metric), maximize=record.maximize, mark=mark)
         head = ["", f"mean {metric_name(record.metric)}", "each fold", "folds", "epochs", "time", ""]
-        blocks.append(Table(head, [_cells(record, row) for row in known]))
-        blocks.append(Text(_text(record)))
+        blocks += [
+            pictures(leaderboard=figure),
+            Table(head, [_cells(record, row) for row in known]),
+            Text(_text(record)),
+        ]
     if len(known) < len(rows):
         blocks.append(Table(["without a value", ""], [[row.title, row.note] for row in rows if row.candidate is None]))
     if record.candidates:
@@ -81,12 +84,15 @@ def rows_of(record: StrategyRecord) -> list[Row]:
             without.append(Row(record.arm_titles.get(arm, arm), note=_missing(record)))
     shown.sort(key=lambda each: _rank(record, each), reverse=True)
     known = [Row(each.title, each, chosen=each.key == record.leader) for each in shown if math.isfinite(each.mean)]
-    failed = [
-        Row(each.title, note=f"{_STATES.get(each.state, each.state)}: {each.reason or 'no value'}")
-        for each in shown
-        if not math.isfinite(each.mean)
-    ]
+    failed = [_without(record, each) for each in shown if not math.isfinite(each.mean)]
     return [*known, *failed, *without, *_not_run(record, arms)]
+
+
+def _without(record: StrategyRecord, each: CandidateRecord) -> Row:
+    """A row of a candidate that has no value; the only one is chosen without."""
+    chosen = each.key == record.leader
+    state = "chosen" if chosen else _STATES["FAIL"] if each.state == "FAIL" else "not judged"
+    return Row(each.title, note=f"{state}: {each.reason or 'no reason is known'}", chosen=chosen)
 
 
 def _rank(record: StrategyRecord, each: CandidateRecord) -> tuple[bool, bool, float, int]:

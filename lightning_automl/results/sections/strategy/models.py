@@ -76,8 +76,8 @@ def _averaging(record: StrategyRecord) -> str:
     text = f"Of {counted(count, 'training')} {used} is used"
     name = metric_name(record.metric)
     text += f", chosen by the {name} on validation ({tried})" if tried else ""
-    why = str(found.get("why") or "").strip().removesuffix(".")
-    text += f". {why[0].upper()}{why[1:]}." if why else "."
+    why = "" if tried else str(found.get("why") or "").strip().removesuffix(".")
+    text += f": {why}." if why else "."
     return f"{text} Single seeds are shown as they are, without the temperature."
 
 

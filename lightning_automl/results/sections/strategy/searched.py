@@ -1,18 +1,49 @@
-"""What was searched: the found architecture, and which hyper-parameters mattered."""
+"""What was searched: the found policy and architecture, and which hyper-parameters mattered."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning_automl.results.architecture_search import ArchitectureRecord, Cells
 from lightning_automl.results.page import Notes, Section, Table, Text
+from lightning_automl.results.policy_search import PolicySearchRecord, read_policy
 from lightning_automl.results.sections.architecture import architecture as of_run
 from lightning_automl.results.sections.architecture import drawing
 from lightning_automl.results.sections.architecture_words import cell_names, cell_words, warnings_of
+from lightning_automl.results.sections.policy_search.images import policy as pictures_of
+from lightning_automl.results.sections.policy_search.kept import kept
 from lightning_automl.results.sections.study.space import importances as of_study
 from lightning_automl.results.sections.study.space import slices as of_slices
 from lightning_automl.results.strategy import StrategyRecord
 from lightning_automl.rundir import UserError, read_json
 
 _FOLDER = "architecture_search"
+_POLICY_FOLDER = "policy_search"
+
+
+def policy(record: StrategyRecord) -> Section | None:
+    """The policy that was found: its operations, and on images unless it is that of the chosen model."""
+    place = record.directory / _POLICY_FOLDER
+    if not (place / "policy_search.json").exists():
+        return None
+    title = "Searched augmentation policy"
+    try:
+        found = PolicySearchRecord.read(place)
+        adopted, searched = (read_policy(path) for path in (record.directory / "policy.json", _found_policy(record)))
+    except (UserError, ValueError) as error:
+        return Section(title, [Text(f"It cannot be shown: {str(error).removesuffix('.')}.")])
+    sentence = str(found.record.get("sentence") or "").strip()
+    blocks: list[Any] = [Text(sentence)] if sentence else []
+    if searched is not None and adopted == searched:
+        blocks.append(Text("It is the policy of the chosen model, shown above."))
+    elif searched is not None and (shown := pictures_of(found)) is not None:
+        blocks += [Text("It is not that of the chosen model."), *shown.blocks]
+    if (operations := kept(found)) is not None:
+        blocks += operations.blocks
+    return Section(title, blocks) if blocks else None
+
+
+def _found_policy(record: StrategyRecord) -> Path:
+    return record.directory / _POLICY_FOLDER / "searched_policy.json"
 
 
 def architecture(record: StrategyRecord) -> Section | None:

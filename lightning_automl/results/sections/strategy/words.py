@@ -35,7 +35,7 @@ METRICS = {
 
 def time_words(seconds: float) -> str:
     """``30 min``, ``1 min 5 s``; what is short stays in one line."""
-    text = duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min")
+    text = duration(seconds).removesuffix(" 0 s").removesuffix(" 0 min").replace(".0 s", " s")
     return unbroken(text) if text.count(" ") == 1 else text
 
 
