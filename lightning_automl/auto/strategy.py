@@ -143,7 +143,7 @@ def auto(
     # Before the directory is made: it answers for a wrong path in an empty place.
     if directory is None:
         _check_data(str(data))
-    place = new_directory("auto") if directory is None else Path(directory)
+    place = (new_directory("auto") if directory is None else Path(directory)).resolve()  # as the trial server sees it
     with contextlib.ExitStack() as held:
         settings = _claim(place, given, held)
         log_to(place / "log.txt")
@@ -245,11 +245,13 @@ class _Strategy:
         known = read_json(path)
         if known is not None and self.settings["auto"] == "digits":  # others may have changed since the last call
             return Facts.from_dict(known)
+        modality = self.settings["modality"]
         found = self._ask(
             do="look",
             directory=str(self.directory.resolve()),
-            data=self.settings["auto"],
-            **{key: self.settings[key] for key in ("modality", "image_size", "folds", "budget", "seed")},
+            data=_absolute(self.settings["auto"]),
+            modality=modality if Path(modality).suffix not in (".yaml", ".yml") else _absolute(modality),
+            **{key: self.settings[key] for key in ("image_size", "folds", "budget", "seed")},
         )
         facts = Facts.from_dict(found["facts"])
         if known is not None and known["digest"] != facts.digest:
@@ -270,11 +272,12 @@ class _Strategy:
         from lightning_automl.auto.plan import make_plan
 
         path = self.directory / "plan.json"
+        pretrained = {"backbone": self.settings["backbone"], "weights": _absolute(self.settings["weights"])}
         former = read_json(path)
         if former is not None and former["budget"] >= self.settings["budget"]:
             plan: dict[str, Any] = former
         else:
-            arms, not_run = available(facts, self.settings["backbone"], self.settings["weights"])
+            arms, not_run = available(facts, **pretrained)
             measured = measure(
                 self.workers,
                 self.directory,
@@ -284,8 +287,7 @@ class _Strategy:
                 metric=metric,
                 seed=self.settings["seed"],
                 budget=self.settings["budget"],
-                backbone=self.settings["backbone"],
-                weights=self.settings["weights"],
+                **pretrained,
             )
             self.clock.forget_cuts()
             plan = make_plan(
@@ -396,6 +398,11 @@ class _Strategy:
                 except Exception as other:  # the first one is told
                     log.debug("the report was not written: %s", other)
             raise
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path as the trial server finds it too, which may have been started elsewhere; what is no path as it is."""
+    return str(Path(path).resolve()) if path is not None and path != "digits" and Path(path).exists() else path
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
