@@ -106,9 +106,13 @@ class Costs:
         """Seconds of a run of each default candidate, the longest first."""
         return sorted((self.run(arm, programme.epochs[arm], kind) for arm, _ in programme.defaults), reverse=True)
 
+    def kind(self, programme: Programme) -> Kind:
+        """What runs on search folds are trained on: all other folds, unless some are kept for a comparison."""
+        return "search" if programme.compared else "comparison"
+
     def selection(self, programme: Programme) -> float:
         """Of the defaults and of the tuned ones; of the former the most expensive are reckoned to go on."""
-        each = self.runs(programme, "search")
+        each = self.runs(programme, self.kind(programme))
         if len(each) == 1 and not programme.tuned:
             return 0.0  # there is nothing to choose
         seconds, going = 0.0, len(each)

@@ -59,6 +59,10 @@ def make_plan(
         # What was trained counts as done: of what is spent the rest alone is lost.
         lost = max(float(former["spent"]), spent - trained)
         longer = ladder.climb(AIM * budget - lost - costs.evaluation(budget), known)
+        if longer is not None and longer.compared and not known.compared:
+            # The selection is made anew, without the folds that are kept for the comparison.
+            lost += next(each["seconds"] for each in former["stages"] if each["name"] == "selection")
+            longer = ladder.climb(AIM * budget - lost - costs.evaluation(budget), known)
         if programme is None or not _worth_anew(programme, known):
             programme, gone = longer, lost
     if programme is None:
@@ -114,7 +118,7 @@ def _record(
         "search_folds": list(facts.search_folds),
         "comparison_folds": list(facts.comparison_folds),
         "arms": [
-            {**_arm(costs, name, programme.epochs[name]), "policies": _policies(programme, name)}
+            {**_arm(costs, programme, name), "policies": _policies(programme, name)}
             for name in ladder.order
             if name in programme.epochs
         ],
@@ -138,14 +142,16 @@ def _record(
     if programme.cells:
         plan["architecture_search"] = {
             "epochs": programme.cells,
-            "arm": {**_arm(costs, "pcdarts", programme.cell_epochs), "policies": [POLICIES[0]]},
+            "arm": {**_arm(costs, programme, "pcdarts"), "policies": [POLICIES[0]]},
             "why": f"about {spoken(costs.architecture_search(programme))} of {spoken(time)}",
         }
     return plan | {"sentences": sentences(facts, plan, costs)}
 
 
-def _arm(costs: Costs, name: str, epochs: int) -> dict[str, Any]:
-    seconds = {kind: round(costs.run(name, epochs, kind), 3) for kind in ("search", "comparison", "final")}
+def _arm(costs: Costs, programme: Programme, name: str) -> dict[str, Any]:
+    epochs = programme.epochs.get(name, programme.cell_epochs)
+    kinds = {"search": costs.kind(programme), "comparison": "comparison", "final": "final"}
+    seconds = {kind: round(costs.run(name, epochs, own), 3) for kind, own in kinds.items()}
     return {
         "name": name,
         "title": ARMS[name].title,

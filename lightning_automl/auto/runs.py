@@ -85,7 +85,8 @@ class Runs:
 
     Args:
         workers: Do the work.
-        directory: Of the strategy; runs are in ``runs/KEY/fold-F-seed-S`` and ``runs/KEY/final-seed-S``.
+        directory: Of the strategy; runs are in ``runs/KEY/fold-F-seed-S``, those of search folds that are trained
+            on all other folds in ``fold-F-all-seed-S``, and ``runs/KEY/final-seed-S``.
         facts: What is known of the data.
         plan: Which folds, which metric, and how long a run of an arm may take.
         clock: Tells how much time is left.
@@ -98,6 +99,10 @@ class Runs:
         self.plan = plan
         self.clock = clock
         self.metric: str = plan["metric"]
+        self._searched: list[int] = plan["search_folds"]
+        # Folds that choices do not see: of two folds nothing would be left to train on.
+        kept = plan["comparison"] is not None and len(self._searched) > 1
+        self._apart: list[int] = plan["comparison_folds"] if kept else []
         self._planned = _planned(plan)
         self._learned: dict[tuple[str, str], dict[Path, float]] = defaultdict(dict)
         self._lock = threading.Lock()
@@ -106,7 +111,9 @@ class Runs:
 
     def place(self, job: Job) -> Path:
         """The directory of a run."""
-        return self.directory / "runs" / job.candidate.key / job.name
+        # Of the same fold there may be both, when a longer budget adds a comparison.
+        own = job.name.replace("-seed-", "-all-seed-") if job.fold in self._searched and not self._apart else job.name
+        return self.directory / "runs" / job.candidate.key / own
 
     def is_finished(self, job: Job) -> bool:
         """Whether it was trained to its end."""
@@ -125,15 +132,12 @@ class Runs:
         """The ``fit`` config of a run. It opens no test split.
 
         On a fold it goes to its last epoch, which counts: a better one would be chosen on the images that are to judge
-        it. On one of the folds that choices are made on, it does without the images of those that are kept for the
-        comparison.
+        it. If there is a comparison to come, it does without the images of the folds that are kept for that.
         """
         config = closed(job.candidate.config, self.directory) | {"seed_everything": job.seed}
         if job.fold is None:
             return config
-        searched, apart = self.plan["search_folds"], self.plan["comparison_folds"]
-        # With two folds there would be nothing left to train on.
-        without = apart if job.fold in searched and len(searched) > 1 else ()
+        without = self._apart if job.fold in self._searched else ()
         return to_its_end(of_fold(config, job.fold, self.folds, without))
 
     def seconds(self, job: Job) -> float:
@@ -271,7 +275,7 @@ class Runs:
         """Runs of a kind train on about as many images."""
         if job.fold is None:
             return "final"
-        return "search" if job.fold in self.plan["search_folds"] else "comparison"
+        return "search" if job.fold in self._searched else "comparison"
 
     def _learn(self, job: Job, seconds: float) -> None:
         with self._lock:  # the first counts: the time that passed says more than what the run knows of itself

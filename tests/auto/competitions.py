@@ -21,7 +21,7 @@ SPACE = {
 
 
 def arm(name):
-    return Arm(name, name.capitalize(), make=lambda facts, source: {}, steps=100, epochs=(1, 10), space=SPACE)
+    return Arm(name, name.capitalize(), make=lambda facts, source: {}, work=1.0, steps=100, epochs=(1, 10), space=SPACE)
 
 
 def config_of(name="cnn", **data):
@@ -57,6 +57,7 @@ def plan_of(*names, facts, generations=(4,), **keys):
         "direction": "maximize",
         "search_folds": facts.search_folds,
         "comparison_folds": facts.comparison_folds,
+        "comparison": {"seeds": 1},
         "arms": [planned(name) for name in names],
         "generations": list(generations),
         "reduction": 3,

@@ -27,7 +27,13 @@ from lightning_automl.search.study import StudyFailed
 def plan_of(seeds, **others):
     arms = [{"name": "cnn", "title": "small CNN", "epochs": 1, "run_seconds": 5.0, "policies": ["none"]}]
     stages = [{"name": name, "seconds": 10.0} for name in ("final", "evaluation")]
-    metric = {"metric": "val_auroc", "direction": "maximize", "search_folds": [0], "comparison_folds": [1]}
+    metric = {
+        "metric": "val_auroc",
+        "direction": "maximize",
+        "search_folds": [0],
+        "comparison_folds": [1],
+        "comparison": None,
+    }
     return {"budget": 600.0, "arms": arms, "final": {"seeds": seeds}, "stages": stages, **metric, **others}
 
 

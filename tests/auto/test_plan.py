@@ -286,9 +286,10 @@ def test_the_seconds_of_runs_and_stages_by_hand():
     assert costs.selection(one) == 0
     assert costs.final(one) == pytest.approx(2 * 38)
     two = one.with_default("cnn", "trivial_augment")
-    assert costs.selection(two) == pytest.approx(3 * search)  # both on each of three folds, at once
+    # Without a comparison no fold is kept from it. Both on each of three folds, at once:
+    assert costs.selection(two) == pytest.approx(3 * comparison)
     many = Programme({"cnn": 10}, (("cnn", "none"),) * 9)
-    assert costs.selection(many) == pytest.approx((5 + 2 + 1) * search)  # 9, 3 and 2 candidates
+    assert costs.selection(many) == pytest.approx((5 + 2 + 1) * comparison)  # 9, 3 and 2 candidates
     tuned = Programme({"cnn": 10}, (("cnn", "none"),) * 2, tuned=(4,), compared=2, seeds=3)
     assert costs.selection(tuned) == pytest.approx((3 + 2 + 1 + 1) * search)  # and 4, 2 and 1 of them
     assert costs.comparison(tuned) == pytest.approx(4 * comparison)  # two of both on each of two folds: 8 runs

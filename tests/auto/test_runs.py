@@ -77,6 +77,13 @@ def test_folds_of_the_search_do_without_those_of_the_comparison(directory, jobs)
     assert "fold" not in runs.config_of(Job(jobs[0].candidate, None, 7))["data"]["init_args"]
 
 
+def test_without_a_comparison_to_come_they_train_on_its_folds_too_in_another_place(directory, jobs):
+    runs = runs_of(directory, BREAST, {**PLAN, "comparison": None}, score)
+    assert "without_folds" not in runs.config_of(jobs[1])["data"]["init_args"]
+    assert runs.place(jobs[1]).name == "fold-1-all-seed-7"
+    assert runs_of(directory, BREAST, PLAN, score).place(jobs[1]).name == "fold-1-seed-7"
+
+
 def test_no_run_opens_the_test_split_and_each_has_its_seed(directory, jobs):
     runs = runs_of(directory, BREAST, PLAN, score)
     for job in (jobs[0], Job(jobs[0].candidate, None, 7)):
