@@ -565,7 +565,7 @@ class _Search:
     def _interrupt(self, error: BaseException) -> None:
         """Let the running scores end, and give their trials up, as far as the storage still takes it."""
         try:
-            for candidate in self.futures.values():
+            for candidate in list(self.limits.running.values()):  # it may not be among the futures yet
                 candidate.interrupted.set()
             try:
                 wait(self.futures, timeout=self.patience)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import optuna
@@ -1068,6 +1069,26 @@ def test_ten_kills_at_random_moments_lose_nothing_and_count_nothing_twice(kind, 
     complete = [trial for trial in found if trial.state == COMPLETE]
     assert len({trial.params["x"] for trial in complete}) == trials, "a value was scored twice"
     assert all(trial.value == trial.params["x"] for trial in complete)
+
+
+def test_an_interrupt_in_the_moment_when_a_score_begins_reaches_it_too(study, space, monkeypatch):
+    begun = []
+
+    def score(candidate):
+        begun.append(candidate)
+        assert candidate.interrupted.wait(30)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            super().submit(*arguments)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_automl.search.study.ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        search(study, space, score, trials=2)
+    assert len(begun) <= 1
+    assert all(candidate.interrupted.is_set() for candidate in begun)
+    assert states(study) == [FAIL, WAITING]
 
 
 @pytest.mark.slow
