@@ -38,6 +38,7 @@ class Programme:
     Args:
         epochs: Of each arm, by name, in the order in which they were taken in.
         defaults: Arm and policy of the candidates of the first generation.
+        folds: That candidates are judged on, one after the other, while there is no comparison; see ``Costs.folds``.
         tuned: Numbers of candidates in the later generations.
         seeds: Of the final training.
         compared: Seeds of the comparison, 0 for none.
@@ -48,6 +49,7 @@ class Programme:
 
     epochs: Mapping[str, int] = field(default_factory=dict)
     defaults: tuple[tuple[str, str], ...] = ()
+    folds: int = 2
     tuned: tuple[int, ...] = ()
     seeds: int = 1
     compared: int = 0
@@ -110,18 +112,23 @@ class Costs:
         """What runs on search folds are trained on: all other folds, unless some are kept for a comparison."""
         return "search" if programme.compared else "comparison"
 
+    def folds(self, programme: Programme) -> list[int]:
+        """Numbers of the folds that candidates are judged on."""
+        return self.facts.search_folds if programme.compared else list(range(min(programme.folds, self.facts.folds)))
+
     def selection(self, programme: Programme) -> float:
         """Of the defaults and of the tuned ones; of the former the most expensive are reckoned to go on."""
         each = self.runs(programme, self.kind(programme))
         if len(each) == 1 and not programme.tuned:
             return 0.0  # there is nothing to choose
         seconds, going = 0.0, len(each)
-        for _ in self.facts.search_folds:
+        folds = self.folds(programme)
+        for _ in folds:
             seconds += together(each[:going], self.workers)
             going = min(going, max(LEAST, math.ceil(going / REDUCTION)))
         mean = sum(each) / len(each)
         for size in programme.tuned:
-            for step in range(len(self.facts.search_folds)):
+            for step in range(len(folds)):
                 seconds += together([mean] * math.ceil(size / REDUCTION**step), self.workers)
         return seconds
 

@@ -1,11 +1,12 @@
-"""How much is done in a time: a ladder of programmes, each with a little more than the one before.
+"""How much is done in a time: a programme that is added to, the most wanted first, as long as the time allows it.
 
-The rungs are the same for every budget, and a budget decides how far it is climbed. So a longer one never leaves out
-what a shorter one has: epochs, arms, policies, seeds and searches only grow.
+First the arms that compete, each trained for half of its epochs at least, some final seeds, and TrivialAugment beside
+no policy; then what is tuned, if the time is enough to compare it; then more epochs, folds, arms and searches. Each has
+a share of the time that it may take at most. A longer budget adds to the programme of a former plan.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,8 @@ SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 #: The smallest share with which one of two arms, or the likely best, is taken in, and with which others are: what is
 #: trained for too short says little. Nothing else is taken in before all there are have so many.
 FEW_EPOCHS, MORE_EPOCHS = 0.5, 0.7
+#: So many arms are wanted before any is trained for longer.
+FIRST_ARMS = 3
 #: Policies that need no search, the simplest first.
 POLICIES = ("none", "trivial_augment")
 
@@ -42,9 +45,6 @@ PAIRS, MOST_COMPARED = 4, 5
 #: Policies scored a round, from few to many; epochs of the architecture search likewise.
 POLICY_TRIALS = (40, 60, 100, 150, 200)
 CELL_EPOCHS = (15, 20, 30, 40, 50)
-
-_STEP = 1.03
-_FIRST = 0.5
 
 
 class Ladder:
@@ -78,18 +78,24 @@ class Ladder:
         Returns:
             None if not even one epoch of one arm fits.
         """
-        programme, time = start, _FIRST
-        if start is not None:
-            time = max(time, self.costs.total(start))
-            if time > seconds:
-                return start
-        while time <= seconds:
-            if programme is None:
-                programme = self._first(time)
-            if programme is not None:
-                programme = self._grown(programme, time, pinned=frozenset(start.epochs if start else ()))
-            time *= _STEP
-        return None if programme is None else self._filled(programme, seconds)
+        programme = start if start is not None else self._first(seconds)
+        if programme is None or self.costs.total(programme) > seconds:
+            return programme
+        pinned = frozenset(start.epochs if start else ())
+        rungs = (
+            partial(self._longer, pinned=pinned, most=FEW_EPOCHS),
+            partial(self._more_defaults, most=FIRST_ARMS, policies=POLICIES[:1]),
+            self._seeds,
+            partial(self._more_defaults, most=FIRST_ARMS, policies=POLICIES),
+            self._compared,
+            partial(self._longer, pinned=pinned, most=1.0),
+            self._more_folds,
+            partial(self._more_defaults, most=len(self.order), policies=POLICIES),
+            self._searches,
+        )
+        for rung in rungs:
+            programme = self._climbed(programme, seconds, rung)
+        return self._filled(programme, seconds)
 
     def _filled(self, programme: Programme, seconds: float) -> Programme:
         """The same with as many final seeds as what is left allows; they make way when something better comes."""
@@ -123,14 +129,6 @@ class Ladder:
             return None
         return Programme({arm: 1}, ((arm, POLICIES[0]),))
 
-    def _grown(self, programme: Programme, time: float, pinned: frozenset[str]) -> Programme:
-        programme = self._climbed(programme, time, partial(self._longer, pinned=pinned))
-        if not all(self._has_few(programme, arm) or arm in pinned for arm in programme.epochs):
-            return programme
-        for upgrades in (self._seeds, self._more_defaults, self._searches):
-            programme = self._climbed(programme, time, upgrades)
-        return programme
-
     def _has_few(self, programme: Programme, arm: str) -> bool:
         return programme.epochs[arm] >= max(1, round(FEW_EPOCHS * self.costs.default[arm]))
 
@@ -146,13 +144,13 @@ class Ladder:
 
     # Upgrades: each yields programmes to try, the most wanted first, and none that is out of proportion ---------------
 
-    def _longer(self, now: Programme, time: float, pinned: frozenset[str]) -> Iterator[Programme]:
-        """More epochs of an arm, one share more at a time."""
+    def _longer(self, now: Programme, time: float, pinned: frozenset[str], most: float) -> Iterator[Programme]:
+        """More epochs of an arm, one share more at a time, up to ``most`` of its default epochs."""
         for arm, epochs in now.epochs.items():
             limit = self.run_limit(time)
             if len(now.epochs) == 1:
                 limit = max(limit, (ALONE if self._has_few(now, arm) else ALONE_FEW) * time)
-            steps = sorted({max(1, round(scale * self.costs.default[arm])) for scale in SCALES})
+            steps = sorted({max(1, round(scale * self.costs.default[arm])) for scale in SCALES if scale <= most})
             longer = next((each for each in steps if each > epochs), None)
             if arm not in pinned and longer is not None and self.costs.run(arm, longer) <= limit:
                 grown = now.with_epochs(arm, longer)
@@ -166,33 +164,35 @@ class Ladder:
         if more.seeds <= SEEDS and self.costs.final(more) <= max(share * time, self.costs.final(now)):
             yield more
 
-    def _more_defaults(self, now: Programme, time: float) -> Iterator[Programme]:
-        """The next arm, or the next policy: nothing is taken before it, so that it gets its turn."""
-        for arm, policy in self.wanted(now, time):
+    def _more_defaults(self, now: Programme, time: float, most: int, policies: Sequence[str]) -> Iterator[Programme]:
+        """One candidate more, of the first ``most`` arms that can be run in the time."""
+        for arm, policy in self._wanted(now, time, most, policies):
             if (arm, policy) in now.defaults:
                 continue
             grown = now
             if arm not in now.epochs:
                 epochs = self.epochs_within(arm, self.run_limit(time), self.smallest_scale(now, arm))
                 assert epochs is not None
-                grown = now.with_epochs(arm, epochs)
+                fewest = max(1, round(self.smallest_scale(now, arm) * self.costs.default[arm]))
+                grown = now.with_epochs(arm, min(epochs, fewest))
             grown = grown.with_default(arm, policy)
             if self._fits_defaults(grown, time):
                 yield grown
-            return
 
-    def wanted(self, now: Programme, time: float) -> list[tuple[str, str]]:
-        """Default candidates, the most wanted first: three arms, then TrivialAugment for them, then other arms."""
-        simple, augmented = POLICIES
+    def _more_folds(self, now: Programme, time: float) -> Iterator[Programme]:
+        """One fold more to judge on, while none has to be kept for a comparison."""
+        more = replace(now, folds=now.folds + 1)
+        if now.compared:
+            return
+        if len(now.defaults) > 1 and more.folds <= self.costs.facts.folds and self._fits_defaults(more, time):
+            yield more
+
+    def _wanted(self, now: Programme, time: float, most: int, policies: Sequence[str]) -> list[tuple[str, str]]:
+        """Default candidates, the most wanted first: all arms with the simplest policy, then with the next."""
         there = [arm for arm in self.order if arm in now.epochs]
-        able = [arm for arm in self.order if arm in now.epochs or self._is_able(arm, now, time)]
-        first = [*there, *(arm for arm in able if arm not in there)][: max(3, len(there))]
-        later = [arm for arm in able if arm not in first]
-        return [
-            *((arm, simple) for arm in first),
-            *((arm, augmented) for arm in first),
-            *((arm, policy) for arm in later for policy in POLICIES),
-        ]
+        able = [arm for arm in self.order if arm not in there and self._is_able(arm, now, time)]
+        arms = [*there, *able][:most]
+        return [(arm, policy) for policy in policies for arm in arms]
 
     def _is_able(self, arm: str, now: Programme, time: float) -> bool:
         return self.epochs_within(arm, self.run_limit(time), self.smallest_scale(now, arm)) is not None
@@ -200,16 +200,21 @@ class Ladder:
     def _fits_defaults(self, programme: Programme, time: float) -> bool:
         return self.costs.selection(replace(programme, tuned=())) <= DEFAULTS * time
 
-    def _searches(self, now: Programme, time: float) -> Iterator[Programme]:
-        """The first tuned generation together with the comparison that it needs, then more of what is searched."""
-        size = max(4, 2 * self.costs.workers)
-        if time < SEARCHED_FROM or not self.costs.facts.comparison_folds:
-            return
-        if not now.compared:
+    def _compared(self, now: Programme, time: float) -> Iterator[Programme]:
+        """The first tuned generation together with the comparison that it needs."""
+        if time >= SEARCHED_FROM and self.costs.facts.comparison_folds and not now.compared:
             seeds = math.ceil(PAIRS / len(self.costs.facts.comparison_folds))
-            yield replace(now, compared=seeds, tuned=(size,), seeds=min(now.seeds, SEEDS))
+            yield replace(now, compared=seeds, tuned=(self._generation,), seeds=min(now.seeds, SEEDS))
+
+    @property
+    def _generation(self) -> int:
+        return max(4, 2 * self.costs.workers)
+
+    def _searches(self, now: Programme, time: float) -> Iterator[Programme]:
+        """More of what is searched, if there is a comparison for it."""
+        if not now.compared:
             return
-        more = replace(now, tuned=(*now.tuned, size))
+        more = replace(now, tuned=(*now.tuned, self._generation))
         if self.costs.selection(more) - self.costs.selection(replace(now, tuned=())) <= TUNED * time:
             yield more
         trials = next((each for each in POLICY_TRIALS if each > now.policies), None)

@@ -79,6 +79,7 @@ def programme_of(plan: Mapping[str, Any], order: list[str]) -> Programme | None:
     return Programme(
         epochs={arm["name"]: arm["epochs"] for arm in plan["arms"]},
         defaults=tuple(pairs),
+        folds=len(plan["search_folds"]),
         tuned=tuple(plan["generations"][1:]),
         seeds=plan["final"]["seeds"],
         compared=(plan["comparison"] or {}).get("seeds", 0),
@@ -115,7 +116,7 @@ def _record(
         "metric": metric,
         "direction": "minimize" if metric.endswith("loss") else "maximize",
         "folds": facts.folds,
-        "search_folds": list(facts.search_folds),
+        "search_folds": list(costs.folds(programme)),
         "comparison_folds": list(facts.comparison_folds),
         "arms": [
             {**_arm(costs, programme, name), "policies": _policies(programme, name)}

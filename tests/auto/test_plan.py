@@ -1,6 +1,7 @@
 """The plan is a function of facts, measured seconds and budget; more time never means less."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from seen import BREAST, DIGITS, PNEUMONIA, seen
@@ -91,32 +92,15 @@ def test_the_same_questions_get_the_same_plan(case):
     assert planned(case, 1800) == planned(case, 1800)
 
 
-def parts(plan):
-    """What of a plan may only grow with the budget."""
-    yield {arm["name"]: arm["epochs"] for arm in plan["arms"]}
-    yield {arm["name"]: len(arm["policies"]) for arm in plan["arms"]}
-    tuned, policies, cells = plan["generations"][1:], plan["policy_search"] or {}, plan["architecture_search"] or {}
-    yield {
-        **{"tuned": sum(tuned), "policies": policies.get("trials", 0), "cells": cells.get("epochs", 0)},
-        "compared": (plan["comparison"] or {}).get("seeds", 0),
-    }
-
-
 @pytest.mark.parametrize("case", MEASURED)
 @pytest.mark.parametrize("workers", [2, 8])
-def test_more_time_never_means_less(case, workers):
-    before = None
-    for budget in (*range(60, 1200, 60), *range(1200, 9000, 400)):
+def test_arms_compete_as_soon_as_there_is_time_and_are_not_trained_for_too_short(case, workers):
+    for budget in BUDGETS:
         plan = planned(case, budget, spent=10, workers=workers)
-        if before is not None:
-            for less, more in zip(parts(before), parts(plan), strict=True):
-                assert all(more.get(name, 0) >= value for name, value in less.items()), budget
-            # What is left over goes into seeds, and makes way when a comparison begins.
-            same = bool(before["comparison"]) == bool(plan["comparison"]) and before["arms"] == plan["arms"]
-            same = same and before["generations"] == plan["generations"]
-            same = same and list(parts(before))[2] == list(parts(plan))[2]
-            assert not same or plan["final"]["seeds"] >= before["final"]["seeds"]
-        before = plan
+        shares = [arm["epochs"] / arm["default_epochs"] for arm in plan["arms"]]
+        assert len(shares) == 1 or min(shares) >= 0.4, budget  # half of them, rounded
+        assert len(shares) > 1 or budget < 600
+        assert plan["final"]["seeds"] >= 3 or budget < 600
 
 
 @pytest.mark.parametrize("case", ["digits", "BreastMNIST", "PneumoniaMNIST"])
@@ -140,7 +124,7 @@ def test_nothing_is_searched_before_the_time_from_which_it_is():
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_whatever_is_searched_is_compared(case):
-    for budget in range(60, 9000, 120):
+    for budget in BUDGETS:
         plan = planned(case, budget)
         searched = len(plan["generations"]) > 1 or plan["policy_search"] or plan["architecture_search"]
         assert bool(plan["comparison"]) or not searched
@@ -157,7 +141,10 @@ def test_folds_and_what_is_compared_on_are_those_of_the_facts_whatever_the_budge
     for budget in BUDGETS:
         plan = planned("BreastMNIST", budget)
         assert plan["folds"] == BREAST.folds
-        assert (plan["search_folds"], plan["comparison_folds"]) == ([0, 1, 2], [3, 4])
+        assert plan["comparison_folds"] == BREAST.comparison_folds == [3, 4]
+        # None is kept from the selection when nothing is compared.
+        assert plan["search_folds"] == ([0, 1, 2] if plan["comparison"] else list(range(len(plan["search_folds"]))))
+        assert len(plan["search_folds"]) >= 2
 
 
 def test_an_architecture_is_searched_only_where_it_was_measured():
@@ -242,7 +229,8 @@ def test_a_longer_budget_keeps_what_was_trained_and_adds_to_it(case):
         ratio = sum(new[name] / epochs for name, epochs in old.items()) / len(old)
         assert all(new[name] == epochs for name, epochs in old.items()) or ratio >= 2
         assert plan["final"]["seeds"] >= min(3, former["final"]["seeds"])
-        assert (plan["folds"], plan["search_folds"]) == (former["folds"], former["search_folds"])
+        assert plan["folds"] == former["folds"]
+        assert plan["comparison"] or plan["search_folds"][: len(former["search_folds"])] == former["search_folds"]
 
 
 def test_a_little_more_time_leaves_the_plan_as_it_was():
@@ -286,10 +274,11 @@ def test_the_seconds_of_runs_and_stages_by_hand():
     assert costs.selection(one) == 0
     assert costs.final(one) == pytest.approx(2 * 38)
     two = one.with_default("cnn", "trivial_augment")
-    # Without a comparison no fold is kept from it. Both on each of three folds, at once:
-    assert costs.selection(two) == pytest.approx(3 * comparison)
+    # Without a comparison no fold is kept from it. Both on each of two folds, at once, or of all:
+    assert costs.selection(two) == pytest.approx(2 * comparison)
+    assert costs.selection(replace(two, folds=9)) == pytest.approx(5 * comparison)
     many = Programme({"cnn": 10}, (("cnn", "none"),) * 9)
-    assert costs.selection(many) == pytest.approx((5 + 2 + 1) * comparison)  # 9, 3 and 2 candidates
+    assert costs.selection(many) == pytest.approx((5 + 2) * comparison)  # 9 and 3 candidates
     tuned = Programme({"cnn": 10}, (("cnn", "none"),) * 2, tuned=(4,), compared=2, seeds=3)
     assert costs.selection(tuned) == pytest.approx((3 + 2 + 1 + 1) * search)  # and 4, 2 and 1 of them
     assert costs.comparison(tuned) == pytest.approx(4 * comparison)  # two of both on each of two folds: 8 runs
