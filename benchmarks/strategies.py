@@ -39,7 +39,9 @@ def auto(data: Path, directory: Path, *, budget: str, modality: str, seed: int, 
         "averaging": evaluation["averaging"]["kind"],
         "arms": len({each["arm"] for each in selection["candidates"]}),
         "candidates": len(selection["candidates"]),
-        "adopted": (read_json(directory / "comparison.json") or {}).get("adopted", "simple"),
+        "adopted": "simple"
+        if evaluation["instead_of"]
+        else (read_json(directory / "comparison.json") or {}).get("adopted", "simple"),
         "command_seconds": float(directory.with_suffix(".wall").read_text().split()[-1]),
         **scores(judged),
     }

@@ -56,8 +56,9 @@ def average_weights(places: Sequence[Path], target: Path) -> bool:
             several = [value, *(other["state_dict"][name] for other in others)]
             state[name] = torch.stack([each.double() for each in several]).mean(0).to(value.dtype)
     checkpoints = target / "checkpoints"
-    with replacing(checkpoints / "best.ckpt") as partial:
-        torch.save({name: value for name, value in first.items() if name not in _OF_TRAINING}, partial)
+    # Of a file with a name torch would keep the name, so that the same weights would not give the same bytes.
+    with replacing(checkpoints / "best.ckpt") as partial, partial.open("wb") as file:
+        torch.save({name: value for name, value in first.items() if name not in _OF_TRAINING}, file)
     for name in ("config.yaml", "data.json"):
         write_text(target / name, (places[0] / name).read_text())
     base = places[0] / "checkpoints" / "base.safetensors"

@@ -45,7 +45,7 @@ def evaluate(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
     Returns:
         ``failed``: reasons by directory, of networks that give no numbers or cannot be built; ``averaged``: directories
-        that were made, or were there; ``maps``: whether there are any.
+        with averages that can be used; ``maps``: whether there are any.
 
     Raises:
         UserError: If the data are not those of the training.
@@ -71,8 +71,8 @@ def evaluate(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     for target, members in payload.get("averages") or []:
         usable = [Path(member) for member in members if member not in failed]
         if len(usable) > 1 and average_weights(usable, Path(target)):
-            averaged.append(target)
             try_one(target)
+            averaged += [target] if target not in failed else []
     maps = payload.get("maps")
     shown = False
     if maps and not failed.keys() & set(maps["members"]):

@@ -46,12 +46,13 @@ def finish(
     plan: Mapping[str, Any],
     chosen: Candidate,
     simple: Candidate | None,
-) -> None:
+) -> Candidate:
     """Train the chosen candidate with several seeds, make one model of the runs and judge it on the test split.
 
     The simple candidate, if it is another one, is trained, put together and judged in the same way, for comparison.
     Both are trained on the data's own train split and the best epoch is that of the validation split. Seeds that do not
-    fit into the time, and those that fail, are left out, with the reason.
+    fit into the time, and those that fail, are left out, with the reason. If all of the chosen one fail, the simple one
+    is used, which ``evaluation.json`` says in ``instead_of``.
 
     What is left: ``model.json``, ``data.json``, ``predictions_val.safetensors``, ``predictions_test.safetensors``,
     ``activations.safetensors`` for networks that have such maps, and ``evaluation.json``, written last. The test split
@@ -67,6 +68,9 @@ def finish(
         chosen: What is to be used.
         simple: What it is compared with, or None.
 
+    Returns:
+        The candidate that is used: the chosen one, or the simple one if no final run of that gave a model.
+
     Raises:
         StudyFailed: If no final run gave a model.
     """
@@ -77,18 +81,21 @@ def finish(
         trained, left_out = _train(runs, directory, plan, arms, seed)
     with runs.clock.stage(EVALUATION):
         models = _validate(workers, directory, plan, arms, trained, left_out)
-        fingerprint = _fingerprint(directory, models)
-        if (read_json(directory / "evaluation.json") or {}).get("fingerprint") == fingerprint:
-            return
+        fingerprint, used = _fingerprint(directory, models), models[0].candidate
+        instead_of = None if used is chosen else {"key": chosen.key, "title": chosen.title}
+        told = {"budget": plan["budget"], "left_out": left_out, "instead_of": instead_of}
+        known = read_json(directory / "evaluation.json") or {}
+        if known.get("fingerprint") == fingerprint:
+            if known | told != known:
+                write_json(directory / "evaluation.json", known | told)
+            return used
         for name in ("evaluation.json", "predictions_test.safetensors", "activations.safetensors"):
             (directory / name).unlink(missing_ok=True)  # of a former model
         model = _settle(directory, models[0])
         opened = _open(workers, directory, models, fingerprint)
         record = _judge(directory, plan, models, model)
-        write_json(
-            directory / "evaluation.json",
-            {**record, "left_out": left_out, "opened": opened, "fingerprint": fingerprint},
-        )
+        write_json(directory / "evaluation.json", {**record, **told, "opened": opened, "fingerprint": fingerprint})
+        return used
 
 
 # Training ----------------------------------------------------------------------------------------------------------
@@ -104,10 +111,12 @@ def _train(
         only = "" if both == len(arms) else f", and {arms[1].title} was left out"
         runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained{only}, for lack of time.")
     jobs = [Job(arm, None, seed + number) for number in range(seeds) for arm in arms[:both]]
-    outcomes = {
-        (job.candidate.key, job.seed): outcome
-        for job, outcome in zip(jobs, runs.each(jobs, at_least=len(jobs)), strict=True)
-    }
+    several = runs.each(jobs, at_least=len(jobs))
+    if both < len(arms) and all(each.value is None for each in several):  # a simple model is better than none
+        runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained, for lack of time.")
+        further = [Job(arms[1], None, seed + number) for number in range(seeds)]
+        jobs, several = jobs + further, several + runs.each(further, at_least=len(further))
+    outcomes = {(job.candidate.key, job.seed): outcome for job, outcome in zip(jobs, several, strict=True)}
     found: list[_Seeds] = []
     left_out = []
     for arm in arms:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_automl.results.ensemble import is_of_auto
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.page import Section, write_page
 from lightning_automl.results.policy_search import PolicySearchRecord, is_policy_search
@@ -12,7 +13,7 @@ from lightning_automl.results.sections import SECTIONS, verdict
 from lightning_automl.results.sections import policy_search as of_policies
 from lightning_automl.results.sections import strategy as of_strategy
 from lightning_automl.results.sections import study as of_study
-from lightning_automl.results.strategy import StrategyRecord, is_strategy
+from lightning_automl.results.strategy import StrategyRecord
 from lightning_automl.results.study import StudyRecord, is_study
 from lightning_automl.rundir import check_target
 
@@ -33,7 +34,7 @@ def report(directory: str | Path) -> Path:
         UserError: If it is none of these.
     """
     directory = Path(directory)
-    if is_strategy(directory):
+    if is_of_auto(directory):
         sentences, sections = _of_strategy(directory)
     elif is_policy_search(directory):
         sentences, sections = _of_policy_search(directory)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import yaml
 
-from lightning_automl.results.ensemble import combine
+from lightning_automl.results.ensemble import combine, is_of_auto
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.policy_search import ARMS as POLICIES
 from lightning_automl.results.run import Predictions, Run, read_predictions
@@ -230,7 +230,7 @@ class StrategyRecord:
         """
         directory = Path(directory)
         config = _config(directory)
-        if "auto" not in config:
+        if not is_of_auto(directory):
             raise UserError(f"{directory} is not the directory of an auto command; give its --dir")
         names = ("look", "measured", "plan", "progress", "selection", "comparison", "model", "evaluation")
         files = {name: _mapping(directory / f"{name}.json") for name in (*names, "environment")}
@@ -279,6 +279,11 @@ class StrategyRecord:
         """Whether more of it is better."""
         direction = self.selection.get("direction") or self.plan.get("direction")
         return str(direction or "maximize").startswith("max")
+
+    @property
+    def instead_of(self) -> str | None:
+        """The key of what was adopted, where none of its final trainings gave a model and the simple one is used."""
+        return _key((self.evaluation.get("instead_of") or {}).get("key"))
 
     @property
     def seconds(self) -> float:
@@ -343,11 +348,6 @@ class StrategyRecord:
     def study(self) -> StudyRecord | None:
         """The selection as a study, if it has left one."""
         return StudyRecord.read(self.directory) if (self.directory / "study.json").exists() else None
-
-
-def is_strategy(directory: Path) -> bool:
-    """Whether a directory is that of an `auto` command, by its config."""
-    return "auto" in _config(directory)
 
 
 def finite(value: Any) -> float:

@@ -81,6 +81,20 @@ def test_averaged_weights_are_evaluated_too(digits):
     assert np.array_equal(read_evaluated(target, "val").probabilities, read_evaluated(digits, "val").probabilities)
 
 
+def test_an_average_that_gives_no_numbers_is_none(digits, monkeypatch):
+    def average(places, target):
+        shutil.copytree(places[0], target)
+        checkpoint = torch.load(target / "checkpoints" / "best.ckpt", weights_only=True)
+        checkpoint["state_dict"]["model.linear.bias"][:] = torch.nan
+        torch.save(checkpoint, target / "checkpoints" / "best.ckpt")
+        return True
+
+    monkeypatch.setattr("lightning_automl.auto.evaluation.average_weights", average)
+    target = digits.parent / "averaged"
+    answer = ask("val", digits, averages=[[str(target), [str(digits), str(digits)]]])
+    assert (list(answer["failed"]), answer["averaged"]) == ([str(target)], [])
+
+
 def test_other_data_are_refused(digits):
     record = json.loads((digits / "data.json").read_text())
     (digits / "data.json").write_text(json.dumps(record | {"index": "0" * 32}))

@@ -1,6 +1,8 @@
 """Final runs, the model that is made of them, and the test split that is opened once."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -65,7 +67,7 @@ class Finished:
         with Clock(self.directory, budget) as clock:
             runs = Runs(workers or self.workers, self.directory, self.facts, plan, clock)
             arms = (self.chosen, self.simple if simple else self.chosen)
-            finish(runs, workers or self.workers, self.directory, self.facts, plan, *arms)
+            self.used = finish(runs, workers or self.workers, self.directory, self.facts, plan, *arms)
         return read_json(self.directory / "evaluation.json")
 
     def asked(self):
@@ -221,6 +223,52 @@ def test_what_was_killed_before_its_end_is_the_same_opening(start):
     assert [each["seed"] for each in more["models"]["chosen"]["seeds"]] == [3, 4]
 
 
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ["evaluation.json"],
+        ["evaluation.json", "predictions_test.safetensors", "activations.safetensors"],
+        ["evaluation.json", "openings.json"],
+        ["evaluation.json", "openings.json", "model.json"],
+        ["evaluation.json", "openings.json", "model.json", "predictions_val.safetensors", "data.json", "final.json"],
+        ["runs/*/averaged/members.json", "evaluation.json"],
+        ["runs/*/averaged", "evaluation.json", "openings.json", "model.json"],
+        ["runs/*/*/evaluated_test.safetensors", "evaluation.json"],
+        ["runs/*/*/evaluated_val.safetensors", "evaluation.json", "openings.json", "model.json"],
+    ],
+    ids=" ".join,
+)
+def test_killed_between_any_two_files_it_comes_to_the_same(finished, tmp_path, gone):
+    again = copy.copy(finished)
+    again.directory = shutil.copytree(finished.directory, tmp_path / "strategy")
+    for path in (path for pattern in gone for path in again.directory.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert again(2) == finished.record
+    for name in ("model.json", "data.json", "openings.json", "final.json"):
+        assert read_json(again.directory / name) == read_json(finished.directory / name)
+    for split in ("val", "test"):
+        one, other = (
+            read_predictions(each / f"predictions_{split}.safetensors")
+            for each in (again.directory, finished.directory)
+        )
+        assert (one.probabilities == other.probabilities).all()
+
+
+def test_if_all_final_runs_of_the_chosen_one_fail_the_simple_one_is_used_and_that_is_said(start):
+    whole = start()
+    config = json.loads(json.dumps(whole.chosen.config))
+    network = {"class_path": "faulty_network.FaultyNetwork", "init_args": {"fault": "raise"}}
+    config["model"]["init_args"]["model"] = network
+    config["data"]["init_args"]["batch_size"] = 8
+    whole.chosen = replace(whole.chosen, config=config, arm_title="broken")
+    record = whole(1)
+    assert whole.used.key == whole.simple.key
+    assert (record["models"]["chosen"]["key"], record["models"]["simple"]) == (whole.simple.key, None)
+    assert record["instead_of"] == {"key": whole.chosen.key, "title": whole.chosen.title}
+    assert [each["key"] for each in record["left_out"]] == [whole.chosen.key]
+    assert Ensemble.read(whole.directory).members == [f"runs/{whole.simple.key}/final-seed-3"]
+
+
 # What is left out --------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +323,16 @@ def test_a_seed_that_fails_is_left_out_with_its_reason(tmp_path, arms):
         (1, "it has diverged: val_auroc is nan"),
         (2, "there was no time left for it"),
     ]
+
+
+def test_a_simple_candidate_without_time_is_trained_if_it_is_all_that_is_left(tmp_path, arms):
+    failed = Outcome(None, "the network broke", 5.0, 3, tmp_path)
+    for _ in range(2):
+        runs = _Scripted(tmp_path, 19, {(arms[0].key, 0): failed})
+        found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+        assert [sorted(each) for each in found] == [[], [0]]
+        assert runs.clock.cuts == {"final": "1 of 3 final seeds were trained, for lack of time."}
+        assert {each["reason"] for each in left_out} == {"the network broke", "there was no time left for it"}
 
 
 def test_if_no_final_run_gives_a_model_that_is_said(tmp_path):

@@ -20,8 +20,9 @@ def cautions(record: StrategyRecord) -> Section:
 
 
 def _of_state(record: StrategyRecord) -> list[str]:
-    given, planned = finite(record.config.get("budget")), finite(record.plan.get("budget"))
-    if record.chosen is not None and given > planned:
+    given = finite(record.config.get("budget"))
+    judged = finite(record.evaluation.get("budget") or record.plan.get("budget"))
+    if record.chosen is not None and given > judged:
         return ["A longer budget was given since: until the command has ended, this is the model of the shorter one."]
     return []
 

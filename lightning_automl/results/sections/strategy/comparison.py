@@ -93,10 +93,13 @@ def _rule(record: StrategyRecord, name: str) -> str:
         text += "it is worse. " if is_worse(found, record.maximize) else "the interval includes 0. "
     kind = KINDS.get(str(found.get("kind")), str(found.get("kind")))
     adopted = "searched" if found.get("adopted") == "searched" else "simple"
+    lost = ", but none of its final trainings gave a model, and the simple one is used" if record.instead_of else ""
     text += (
-        f"Searched were: {kind}. Adopted is the {adopted} one; what was searched is adopted only if the interval of "
-        "the paired difference (Nadeau and Bengio 2003, which allows for the images that folds share) excludes 0."
+        f"Searched were: {kind}. Adopted is the {adopted} one{lost}; what was searched is adopted only if the interval "
+        "of the paired difference (Nadeau and Bengio 2003, which allows for the images that folds share) excludes 0."
     )
+    if folds == 1:
+        text += " With one fold it knows of other seeds, and little of other images."
     return text
 
 

@@ -78,6 +78,8 @@ def _searched(record: StrategyRecord) -> str:
     who = f"What was searched ({kind_words(record)}: {searched!r})"
     if is_better(found, record.maximize):
         end = "" if found.get("adopted") == "searched" else ", yet it was not adopted"
+        if record.instead_of is not None:
+            end = ", yet none of its final trainings gave a model, so that the simple one is used"
         return f"{who} beat the simple arm ({simple!r}) {where}: {gap}{end}."
     adopted = (
         "so that the simple one was kept" if found.get("adopted") != "searched" else "and was adopted all the same"
@@ -108,7 +110,8 @@ def _weakest(record: StrategyRecord) -> str:
 
 def _unfinished(record: StrategyRecord) -> str:
     reason = str((record.summary or {}).get("reason") or "").strip().removesuffix(".")
-    failed = (record.summary or {}).get("status") == "failed" and reason not in ("", "interrupted", "not finished")
+    failed = (record.summary or {}).get("status") == "failed" and reason not in ("", "interrupted")
+    failed = failed and not reason.startswith("not finished")
     beginning = f"This strategy failed ({reason})" if failed else "This strategy is not finished"
     spent = ""
     if math.isfinite(record.seconds):
