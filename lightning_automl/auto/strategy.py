@@ -44,8 +44,14 @@ log = logging.getLogger("lightning_automl")
 #: Runs at once on a processor with many cores; more of them would each have fewer threads than they can use.
 _MOST_WORKERS = 8
 
-#: Metrics that may decide, and whether they are to be large.
+#: Metrics that may decide; all but the loss are to be large.
 METRICS = ("val_auroc", "val_balanced_accuracy", "val_accuracy", "val_f1", "val_loss")
+
+#: What may not change any more when a file is there, since that hangs on it.
+_FIXED = {
+    "look.json": ("auto", "modality", "image_size", "folds", "seed"),
+    "measured.json": ("metric", "backbone", "weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -168,16 +174,17 @@ def _claim(directory: Path, given: dict[str, Any], held: contextlib.ExitStack) -
         raise UserError(
             f"{directory} is not a directory of auto and not empty (it holds {min(strange)}); give another --dir"
         )
-    if before is None:
+    if not (directory / "look.json").exists():
         _check_data(given["auto"])
     held.enter_context(lock(directory))
     remove_partial_files(directory)
+    fixed = {key for name, keys in _FIXED.items() if (directory / name).exists() for key in keys}
     for key, (old, new) in differences(before or given, given).items():
-        if key == "budget" and new < old:
+        if key == "budget" and new < old and (directory / "plan.json").exists():
             raise UserError(
                 f"{directory} was started with a budget of {old:g} s, now it is {new:g} s; it can only grow"
             )
-        if key not in ("budget", "workers"):
+        if key in fixed:
             raise UserError(
                 f"{directory} was started with {key}={old}, now it is {new}; give the former value to continue it, or "
                 "another --dir to start anew"
@@ -197,7 +204,8 @@ class _Strategy:
         gpus = visible_gpus()
         cores = len(os.sched_getaffinity(0))
         count = settings["workers"] or len(gpus) or min(cores, _MOST_WORKERS)
-        self.workers = Workers(server, slices(count, 1, gpus, cores), 1)
+        # A run is one process, and would take all GPUs that it sees.
+        self.workers = Workers(server, slices(count, 1, gpus[:count], cores), 1)
         self.count = count
 
     def __call__(self, dry: bool) -> Result:
@@ -205,6 +213,7 @@ class _Strategy:
         finished = self._finished()
         if finished is not None:
             return finished
+        self._begin()
         with self._noting_failure(started):
             with self.clock.stage("look"):
                 facts = self._look()
@@ -218,6 +227,7 @@ class _Strategy:
         evaluation = read_json(self.directory / "evaluation.json")
         metrics = _metrics(evaluation)
         before = int((read_json(self.directory / "summary.json") or {}).get("test_opened", 0))
+        (self.directory / "report.html").unlink(missing_ok=True)  # of a plan with a smaller budget, or of a failure
         summarise(
             self.directory,
             "auto",
@@ -240,6 +250,12 @@ class _Strategy:
             report(self.directory)
         return Result(self.directory, "finished", summary["metrics"], plan)
 
+    def _begin(self) -> None:
+        """Until it ends again, what had been finished with a smaller budget is not, even if this is killed."""
+        if (read_json(self.directory / "summary.json") or {}).get("status") == "finished":
+            reason = "not finished: continued with a larger budget"
+            summarise(self.directory, "auto", "failed", reason=reason)
+
     def _look(self) -> Facts:
         path = self.directory / "look.json"
         known = read_json(path)
@@ -251,7 +267,8 @@ class _Strategy:
             directory=str(self.directory.resolve()),
             data=_absolute(self.settings["auto"]),
             modality=modality if Path(modality).suffix not in (".yaml", ".yml") else _absolute(modality),
-            **{key: self.settings[key] for key in ("image_size", "folds", "budget", "seed")},
+            image_size=self.settings["image_size"] or _side(known),  # not another one for a larger budget
+            **{key: self.settings[key] for key in ("folds", "budget", "seed")},
         )
         facts = Facts.from_dict(found["facts"])
         if known is not None and known["digest"] != facts.digest:
@@ -316,8 +333,8 @@ class _Strategy:
         with self.clock.stage("selection"):
             selection = select(runs, self.directory, facts, plan, arms, self.settings["seed"])
         chosen = self._adopted(runs, facts, plan, selection)
-        self._keep_parts(chosen)
-        finish(runs, self.workers, self.directory, facts, plan, chosen, selection.simple)
+        used = finish(runs, self.workers, self.directory, facts, plan, chosen, selection.simple)
+        self._keep_parts(used)
 
     def _adopted(self, runs: "Runs", facts: Facts, plan: dict[str, Any], selection: "Selection") -> "Candidate":
         """The best simple candidate, or what was searched if that has beaten it."""
@@ -398,6 +415,13 @@ class _Strategy:
                 except Exception as other:  # the first one is told
                     log.debug("the report was not written: %s", other)
             raise
+
+
+def _side(look: Mapping[str, Any] | None) -> int | None:
+    """Of the squares that the images of a former look were brought to; None where nobody has chosen such a size."""
+    if look is None or look["image_size"][0] != look["image_size"][1]:
+        return None
+    return int(look["image_size"][0])
 
 
 def _absolute(path: str | None) -> str | None:
