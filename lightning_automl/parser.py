@@ -108,16 +108,16 @@ def with_saved_config(arguments: list[str]) -> list[str]:
             raise UserError(f"{command} needs the directory of a run; give --dir")
         return arguments
     config = directory / "config.yaml"
+    if is_of_auto(directory):
+        raise UserError(
+            f"{directory} is the directory of auto, which holds many runs; give {command} the --dir of one of those "
+            f"below {directory / 'runs'}"
+        )
     if any((directory / name).exists() for name in ("study.json", "density")):
         part = "folds/0" if (directory / "folds").is_dir() else "trials/0000"
         raise UserError(
             f"{directory} is the directory of a search; give {command} the --dir of one of its runs, as "
             f"{directory / part}, or fit its best config by --config {directory / 'best.yaml'}"
-        )
-    if is_of_auto(directory):
-        raise UserError(
-            f"{directory} is the directory of auto, which holds many runs; give {command} the --dir of one of those "
-            f"below {directory / 'runs'}"
         )
     if config.exists():
         return [command, "--config", str(config), *rest]

@@ -212,7 +212,8 @@ class _Measuring:
         with self._lock:
             if known is None:
                 self.found["not_run"][name] = reason
-                log.info("%s is not run: %s", name, reason)
+                if reason != NO_TIME:  # the plan says that of all at once
+                    log.info("%s is not run: %s", name, reason)
             elif name == SEARCH:
                 self.found[SEARCH] = known
             else:

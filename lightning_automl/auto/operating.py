@@ -13,6 +13,9 @@ from lightning_automl.results.ensemble import SMALLEST, combine
 FEWEST = 20
 #: Share of the validation images that a model is to be unsure of.
 UNSURE = 0.1
+#: Twice the gain in log-likelihood from which on a model is made surer: the 95 % quantile of chi-square with one degree
+#: of freedom.
+SURER = 3.84
 
 Probabilities = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -27,7 +30,8 @@ def choose_temperature(probabilities: Probabilities, labels: Labels) -> tuple[fl
 
     Returns:
         The temperature, above 0, and a sentence. It is 1 unless another one lowers the negative log-likelihood of the
-        validation images, of which there have to be 20.
+        validation images, of which there have to be 20. A model is made less sure at once, but surer only if that is
+        more than chance (likelihood-ratio test): where it errs once or never, the fit promises what nobody knows.
     """
     if len(labels) < FEWEST:
         return 1.0, f"{len(labels)} validation images are too few to fit a temperature to; it takes {FEWEST}"
@@ -35,6 +39,11 @@ def choose_temperature(probabilities: Probabilities, labels: Labels) -> tuple[fl
     before, after = (negative_log_likelihood(combine([probabilities], each), labels) for each in (1.0, found))
     if found == 1 or not after < before:
         return 1.0, f"no temperature lowers the negative log-likelihood of the validation images, {before:.4f}"
+    if found < 1 and 2 * len(labels) * (before - after) < SURER:
+        return 1.0, (
+            f"a temperature of {found:.2f} would lower the negative log-likelihood of the {len(labels)} validation "
+            f"images from {before:.4f} to {after:.4f}, which may be chance: the model is not made surer of itself"
+        )
     changed = "too sure" if found > 1 else "not sure enough"
     return found, (
         f"the model was {changed} of itself: the negative log-likelihood of the validation images falls from "

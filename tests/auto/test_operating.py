@@ -58,6 +58,23 @@ def test_where_nothing_is_better_the_temperature_is_1():
     assert "no temperature lowers" in why
 
 
+def test_a_model_is_made_surer_only_if_that_is_more_than_chance():
+    # One time in 20 it is wrong, and says 0.9: the best answer is log(9) / T = log(19), and twice the gain of n images
+    # is 2 n (0.95 log(0.95 / 0.9) + 0.05 log(0.05 / 0.1)) = 0.0334 n.
+    def chosen(images):
+        labels = np.arange(images) % 2
+        said = np.where(np.arange(images) % 20 == 7, 1 - labels, labels)
+        return choose_temperature(np.where(np.eye(2)[said] == 1, 0.9, 0.1), labels)
+
+    temperature, why = chosen(200)
+    assert temperature == pytest.approx(np.log(9) / np.log(19), rel=1e-4)
+    assert "not sure enough" in why
+    temperature, why = chosen(100)
+    assert temperature == 1
+    assert "a temperature of 0.75 would lower" in why
+    assert "may be chance" in why
+
+
 def test_the_threshold_is_where_recall_and_specificity_are_best_together():
     labels = np.array([0, 0, 0, 1, 1, 1])
     scores = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.9])

@@ -242,7 +242,9 @@ def test_an_average_is_not_compressed_but_its_member_is_named(command, two):
 
 
 @pytest.mark.parametrize("name", ["fit", "test"])
-def test_commands_on_runs_say_where_runs_are(command, two, name):
+@pytest.mark.parametrize("further", ["openings.json", "study.json"])  # the arms compete in a study
+def test_commands_on_runs_say_where_runs_are(command, two, name, further):
+    write_json(two / further, [])
     answer = command(name, f"--dir={two}")
     assert answer.status == 2
     assert answer.err == (

@@ -81,11 +81,17 @@ def unsure(record: StrategyRecord) -> Section | None:
         marked = f"{int(doubtful.sum())} of {len(doubtful)} ({percent(float(doubtful.mean()))})"
         rows.append([split_name(split), marked, *(_right(right, chosen) for chosen in (~doubtful, doubtful))])
     text = (
-        f"classify marks an answer as unsure where its probability is below {below:.3f}: of the validation images "
-        "about the least sure tenth. Somebody should look at these."
+        f"classify marks an answer as unsure where its probability is below {_below_one(below)}: of the validation "
+        "images about the least sure tenth. Somebody should look at these."
     )
     head = ["", "unsure", "right where sure (exact 95 % interval)", "right where unsure"]
     return Section("Unsure answers", [Text(text), Table(head, rows)])
+
+
+def _below_one(value: float) -> str:
+    """A probability with three decimals, or as many more as it takes not to be called 1."""
+    digits = next((digits for digits in range(3, 12) if value >= 1 or float(f"{value:.{digits}f}") < 1), 12)
+    return f"{value:.{digits}f}"
 
 
 def _right(right: "np.ndarray[Any, np.dtype[np.bool_]]", chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> str:

@@ -111,7 +111,8 @@ def _missing(record: StrategyRecord) -> str:
 def _not_run(record: StrategyRecord, arms: list[str]) -> list[Row]:
     reasons: dict[str, tuple[str, str]] = {}
     for name, why in (record.measured.get("not_run") or {}).items():
-        reasons[str(name)] = record.arm_titles.get(str(name), str(name)), str(why)
+        if name not in _SEARCHED:  # the plan says of those whether and why not
+            reasons[str(name)] = record.arm_titles.get(str(name), str(name)), str(why)
     for each in record.plan.get("not_run") or ():
         reasons[str(each["name"])] = (
             str(each.get("title") or each["name"]),
