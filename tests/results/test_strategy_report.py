@@ -13,13 +13,13 @@ from test_study_report import SPACE, StudyPage, trial
 
 from lightning_automl.metrics import SCORES, clopper_pearson
 from lightning_automl.results import report
-from lightning_automl.results.ensemble import combine
+from lightning_automl.results.ensemble import combine, is_of_auto
 from lightning_automl.results.page import write_page
 from lightning_automl.results.sections.strategy import SECTIONS, verdict
 from lightning_automl.results.sections.strategy.calibration import without_temperature
 from lightning_automl.results.sections.strategy.leaderboard import rows_of
 from lightning_automl.results.sections.strategy.provenance import time_text
-from lightning_automl.results.strategy import StrategyRecord, is_strategy
+from lightning_automl.results.strategy import StrategyRecord
 from lightning_automl.rundir import UserError, write_json
 
 KEEP = "To keep in mind"
@@ -138,8 +138,8 @@ def test_a_longer_budget_since_is_told(write):
 def test_the_directory_is_told_from_a_study_and_a_run(write, tmp_path):
     directory = write("selected")
     write_json(directory / "study.json", {"name": "selection"})
-    assert is_strategy(directory)
-    assert not is_strategy(tmp_path)
+    assert is_of_auto(directory)
+    assert not is_of_auto(tmp_path)
     with pytest.raises(UserError, match=r"is not the directory of an auto command; give its --dir"):
         read(tmp_path)
 
@@ -214,6 +214,28 @@ def test_what_is_better_by_its_interval_is_said_to_have_beaten_the_simple_arm(wr
     assert ["searched minus simple", "+0.0300", "+0.0200 to +0.0400", "0.01", "better"] in rows
 
 
+def test_what_was_adopted_and_gave_no_model_is_not_what_is_used(write):
+    record = comparison(difference=0.03, reach=0.01)
+    directory = write(comparison=record, evaluation={"instead_of": {"key": SEARCHED, "title": TITLES["resnet"]}})
+    first, second, _ = sentences_of(directory)
+    assert read(directory).chosen.title in first
+    assert second.endswith(", yet none of its final trainings gave a model, so that the simple one is used.")
+    text = page_of(directory, "comparison").sections["Searched against simple"]
+    assert "Adopted is the searched one, but none of its final trainings gave a model" in text
+
+
+def test_a_single_fold_is_said_to_know_little_of_other_images(write):
+    record = comparison(difference=0.03, reach=0.01)
+    directory = write(comparison=record)
+    assert "With one fold" not in page_of(directory, "comparison").sections["Searched against simple"]
+    for own in record["values"].values():
+        own[:] = [{**each, "fold": 4, "seed": 1000 + place} for place, each in enumerate(own)]
+    change(directory, "comparison", **record)
+    assert (
+        "With one fold it knows of other seeds" in page_of(directory, "comparison").sections["Searched against simple"]
+    )
+
+
 def test_of_a_loss_less_is_better(write):
     record = comparison(metric="val_loss", difference=-0.03, reach=0.01, direction="minimize", better=True)
     record["adopted"] = "searched"
@@ -250,15 +272,6 @@ def test_every_arm_is_listed_and_one_without_a_value_says_why(finished):
     assert ["searched augmentation policy", "not run: it would take 40 minutes of the 30"] in without
     assert ["searched architecture", "not run: 120 train images; a search needs 1,000"] in without
     assert all(row[1] for row in without[1:])
-
-
-@pytest.mark.parametrize(("arms", "rows"), [(("pcdarts",), 0), ((), 1)])
-def test_a_search_for_which_nothing_was_measured_has_no_row_beside_that_of_its_arm(write, arms, rows):
-    why = "there was no time to measure it in this budget"
-    directory = write("plan", measured={"not_run": dict.fromkeys((*arms, "architecture_search"), why)})
-    titles = [row.title for row in rows_of(read(directory))]
-    assert "architecture_search" not in titles
-    assert titles.count("searched architecture") == rows
 
 
 def test_an_arm_that_came_to_no_candidate_is_not_left_out(write):
@@ -431,14 +444,6 @@ def test_unsure_answers_are_counted_by_hand(finished):
     assert row[0] == "validation"
     assert row[1].startswith(f"{(best < 0.6).sum()} of 40 ")
     assert f"; {(right & (best >= 0.6)).sum()} of {(best >= 0.6).sum()})" in row[2]
-
-
-@pytest.mark.parametrize(
-    ("below", "said"), [(0.6, "below 0.600:"), (0.9996, "below 0.9996:"), (0.99999969, "below 0.9999997:")]
-)
-def test_nothing_can_be_surer_than_a_probability_that_is_said_to_be_1(finished, below, said):
-    change(finished, "model", unsure_below=below)
-    assert said in page_of(finished, "unsure").sections["Unsure answers"]
 
 
 def test_the_temperature_can_be_taken_out_again():
