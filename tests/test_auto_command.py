@@ -101,30 +101,41 @@ def test_shuffled_labels_are_at_chance(tmp_path, quickly):
         arrays[f"{split}_images"] = generator.integers(0, 256, (count, 8, 8), dtype=np.uint8)
         arrays[f"{split}_labels"] = generator.permutation(np.arange(count) % 2)
     np.savez(tmp_path / "noise.npz", **arrays)
-    result = auto(tmp_path / "noise.npz", budget=60, directory=tmp_path / "out")
+    result = auto(tmp_path / "noise.npz", budget=200, directory=tmp_path / "out")
     assert 0.4 <= result.metrics["test_balanced_accuracy"] <= 0.6
 
 
 @pytest.mark.slow
 def test_a_longer_budget_continues_a_finished_one(tmp_path, make_npz, quickly):
     data, out = make_npz(tmp_path / "data.npz"), tmp_path / "out"
-    auto(data, budget=60, directory=out)
+    auto(data, budget=200, directory=out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
-    result = auto(data, budget=90, directory=out)
-    assert result.plan["budget"] == 90
+    result = auto(data, budget=300, directory=out)
+    assert result.plan["budget"] == 300
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert read_json(out / "plan.json")["budget"] == 90
+    assert read_json(out / "plan.json")["budget"] == 300
     with pytest.raises(ValueError, match="can only grow"):
-        auto(data, budget=60, directory=out)
+        auto(data, budget=200, directory=out)
     with pytest.raises(ValueError, match="modality=natural, now it is histology"):
-        auto(data, budget=90, directory=out, modality="histology")
+        auto(data, budget=300, directory=out, modality="histology")
+
+
+def test_before_the_look_another_mind_may_be_made_up(command, tmp_path, make_npz):
+    make_npz(tmp_path / "data.npz")
+    assert command("auto", "data.npz", "--dir", "out", "--modality", "xray", "--budget", "2m").status == 2
+    answer = command("auto", "data.npz", "--dir", "out", "--budget", "5s")
+    assert "a budget of 5 s is too small" in answer.err
+    answer = command("auto", "data.npz", "--dir", "out", "--budget", "5s", "--modality", "radiograph")
+    assert "modality=natural, now it is radiograph" in answer.err
+    answer = command("auto", "nowhere", "--dir", "out2", "--budget", "5s")
+    assert (answer.status, (tmp_path / "out2").exists()) == (2, False)
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(tmp_path, make_npz, quickly):
     data = make_npz(tmp_path / "data.npz")
     for name in ("one", "two"):
-        auto(data, budget=60, directory=tmp_path / name, seed=3)
+        auto(data, budget=200, directory=tmp_path / name, seed=3)
     models = [read_json(tmp_path / name / "model.json") for name in ("one", "two")]
     assert models[0] == models[1]
     first, second = (read_predictions(tmp_path / name / "predictions_test.safetensors") for name in ("one", "two"))
