@@ -274,6 +274,15 @@ def test_every_arm_is_listed_and_one_without_a_value_says_why(finished):
     assert all(row[1] for row in without[1:])
 
 
+@pytest.mark.parametrize(("arms", "rows"), [(("pcdarts",), 0), ((), 1)])
+def test_a_search_for_which_nothing_was_measured_has_no_row_beside_that_of_its_arm(write, arms, rows):
+    why = "there was no time to measure it in this budget"
+    directory = write("plan", measured={"not_run": dict.fromkeys((*arms, "architecture_search"), why)})
+    titles = [row.title for row in rows_of(read(directory))]
+    assert "architecture_search" not in titles
+    assert titles.count("searched architecture") == rows
+
+
 def test_an_arm_that_came_to_no_candidate_is_not_left_out(write):
     directory = write("selecting")
     rows = {row.title: row.note for row in rows_of(read(directory))}
@@ -444,6 +453,14 @@ def test_unsure_answers_are_counted_by_hand(finished):
     assert row[0] == "validation"
     assert row[1].startswith(f"{(best < 0.6).sum()} of 40 ")
     assert f"; {(right & (best >= 0.6)).sum()} of {(best >= 0.6).sum()})" in row[2]
+
+
+@pytest.mark.parametrize(
+    ("below", "said"), [(0.6, "below 0.600:"), (0.9996, "below 0.9996:"), (0.99999969, "below 0.9999997:")]
+)
+def test_nothing_can_be_surer_than_a_probability_that_is_said_to_be_1(finished, below, said):
+    change(finished, "model", unsure_below=below)
+    assert said in page_of(finished, "unsure").sections["Unsure answers"]
 
 
 def test_the_temperature_can_be_taken_out_again():
