@@ -35,6 +35,9 @@ STAGE, EVALUATION = "final", "evaluation"
 #: Images with class activation maps.
 _MAPS = 12
 
+#: Of the time that is left, what more seeds than planned may take.
+_FURTHER = 0.85
+
 _Seeds = dict[int, Outcome]
 
 
@@ -121,7 +124,7 @@ def _train(
     left_out = []
     for arm in arms:
         found.append({})
-        for own in range(seed, seed + wanted):
+        for own in range(seed, seed + max(wanted, seeds)):
             outcome = outcomes.get((arm.key, own))
             if outcome is not None and outcome.value is not None:
                 found[-1][own] = outcome
@@ -138,7 +141,10 @@ def _left_out(candidate: Candidate, seed: int, reason: str) -> dict[str, Any]:
 def _affordable(
     runs: Runs, directory: Path, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
 ) -> tuple[int, int]:
-    """How many seeds of how many arms fit into the time; once decided, it stays so while the plan does."""
+    """How many seeds of how many arms fit into the time; once decided, it stays so while the plan does.
+
+    What former stages have left over goes into more of them than planned, up to ``most``.
+    """
     path = directory / "final.json"
     question = {"budget": plan["budget"], "arms": [arm.key for arm in arms]}
     known = read_json(path) or {}
@@ -148,9 +154,11 @@ def _affordable(
     left = max(0.0, seconds_for(STAGE, plan, runs.clock) if STAGE in stages else runs.clock.left())
 
     def fits(seeds: int, both: int) -> bool:
-        return runs.wall_seconds([Job(arm, None, seed + n) for n in range(seeds) for arm in arms[:both]]) <= left
+        jobs = [Job(arm, None, seed + n) for n in range(seeds) for arm in arms[:both]]
+        return runs.wall_seconds(jobs) <= (left if seeds <= planned else _FURTHER * left)
 
-    several = range(int(plan[STAGE]["seeds"]), 0, -1)
+    planned = int(plan[STAGE]["seeds"])
+    several = range(max(planned, int(plan[STAGE].get("most", planned))), 0, -1)
     answer = next(((seeds, len(arms)) for seeds in several if fits(seeds, len(arms))), (1, 1))
     write_json(path, {**question, "seeds": answer[0], "trained_arms": answer[1]})
     return answer

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_automl.auto.arms import ARMS, in_order
 from lightning_automl.auto.costs import REDUCTION, Costs, Programme
 from lightning_automl.auto.facts import Facts
-from lightning_automl.auto.ladder import POLICIES, Ladder
+from lightning_automl.auto.ladder import MOST_SEEDS, POLICIES, Ladder
 from lightning_automl.auto.reasons import not_run, sentences, why_not
 from lightning_automl.rundir import UserError
 from lightning_automl.studies.progress import spoken
@@ -129,7 +129,7 @@ def _record(
         "policy_search": None,
         "architecture_search": None,
         "comparison": {"seeds": programme.compared} if programme.compared else None,
-        "final": {"seeds": programme.seeds},
+        "final": {"seeds": programme.seeds, "most": max(programme.seeds, MOST_SEEDS)},
         "why_not": why_not(measured, ladder, programme, time),
         "stages": _stages(costs, programme, budget),
     }

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_automl.auto.arms import ARMS
-from lightning_automl.auto.costs import Costs, Programme
+from lightning_automl.auto.costs import LEAST, Costs, Programme
 from lightning_automl.auto.facts import Facts
 from lightning_automl.auto.ladder import (
     CELL_EPOCHS,
@@ -119,10 +119,7 @@ def sentences(facts: Facts, plan: Mapping[str, Any], costs: Costs) -> list[str]:
     told = [
         f"Budget: {spoken(plan['budget'])}, of which {spoken(plan['spent'])} are spent and {spoken(total)} are planned "
         f"({spoken(seconds['evaluation'])} for evaluation and report), with {_counted(costs.workers, 'run')} at once.",
-        f"Folds: {_counted(plan['folds'], 'fold')} of the {facts.number('train') + facts.number('val'):,} train and "
-        f"validation images; choices are made on {len(plan['search_folds'])} of them, and "
-        f"{len(plan['comparison_folds'])} {'is' if len(plan['comparison_folds']) == 1 else 'are'} kept for the "
-        "comparison. The test split stays closed until the end.",
+        _of_folds(facts, plan),
     ]
     told += [_of_arm(arm) for arm in plan["arms"]]
     told.append(_of_selection(plan, seconds))
@@ -142,9 +139,14 @@ def sentences(facts: Facts, plan: Mapping[str, Any], costs: Costs) -> list[str]:
         told.append(f"No comparison: {plan['why_not']['comparison']}.")
     told.append(
         f"Final: {_counted(plan['final']['seeds'], 'seed')} of the chosen candidate, about {spoken(seconds['final'])}"
-        f"{', those of the simple arm with them if it is another' if plan['comparison'] else ''}."
+        f"{', those of the simple arm with them if it is another' if plan['comparison'] else ''}"
+        f"{_up_to(plan['final'])}."
     )
     return [*told, *(f"Not run: {each['title']}, since {each['why']}." for each in plan["not_run"])]
+
+
+def _up_to(final: Mapping[str, int]) -> str:
+    return f"; up to {final['most']} in what is left over by then" if final["most"] > final["seeds"] else ""
 
 
 def _of_arm(arm: Mapping[str, Any]) -> str:
@@ -156,14 +158,28 @@ def _of_arm(arm: Mapping[str, Any]) -> str:
     )
 
 
+def _of_folds(facts: Facts, plan: Mapping[str, Any]) -> str:
+    images = f"{facts.number('train') + facts.number('val'):,} train and validation images"
+    number, apart = len(plan["search_folds"]), len(plan["comparison_folds"])
+    use = f"choices are made on {number} of them"
+    if plan["comparison"] is not None:
+        use += f", and {apart} {'is' if apart == 1 else 'are'} kept for the comparison"
+    elif sum(plan["generations"]) == 1:
+        use = "none is needed, since nothing is chosen"
+    return (
+        f"Folds: {_counted(plan['folds'], 'fold')} of the {images}; {use}. The test split stays closed until the end."
+    )
+
+
 def _of_selection(plan: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     first, *tuned = plan["generations"]
     if first == 1 and not tuned:
         return "Selection: there is time for one candidate, so nothing is chosen."
     more = f", then {sum(tuned)} with tuned values in {_counted(len(tuned), 'generation')}" if tuned else ""
+    stopped = "the worse two thirds stop after each" if first > LEAST or tuned else "none is stopped early"
     return (
-        f"Selection: {_counted(first, 'candidate')} with default values{more}; each on one fold, the best of "
-        f"{plan['reduction']} on the next, about {spoken(seconds['selection'])}."
+        f"Selection: {_counted(first, 'candidate')} with default values{more}; fold by fold, {stopped}, about "
+        f"{spoken(seconds['selection'])}."
     )
 
 

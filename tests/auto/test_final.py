@@ -52,7 +52,7 @@ class Finished:
             "class_path": "spied_data.SpiedDataModule",
             "init_args": {
                 **{"path": str(self.arrays), "notes": str(self.notes)},
-                "watched": str(self.directory / "model.json"),
+                "watched": [str(self.directory / "model.json")],
             },
         }
         self.facts = seen((15, 15), (12, 12), (8, 8), data=data)
@@ -297,7 +297,8 @@ def arms():
 
 
 @pytest.mark.parametrize(
-    ("left", "seeds", "kinds"), [(100, 3, 2), (41, 3, 2), (39, 2, 2), (20, 1, 2), (19, 1, 1), (-50, 1, 1)]
+    ("left", "seeds", "kinds"),
+    [(100, 3, 2), (41, 3, 2), (39, 2, 2), (20, 1, 2), (19, 1, 1), (-50, 1, 1)],
 )
 def test_as_many_whole_seeds_as_fit_are_trained_and_always_one(tmp_path, arms, left, seeds, kinds):
     runs = _Scripted(tmp_path, left)
@@ -311,6 +312,14 @@ def test_as_many_whole_seeds_as_fit_are_trained_and_always_one(tmp_path, arms, l
     assert later.asked == runs.asked
     train(later, tmp_path, plan_of(3, budget=601.0), arms, 0)
     assert len(later.asked) == 6
+
+
+@pytest.mark.parametrize(("left", "seeds"), [(100, 7), (130, 10), (1000, 10), (41, 3), (39, 2)])
+def test_what_is_left_over_goes_into_more_seeds_than_planned(tmp_path, arms, left, seeds):
+    runs = _Scripted(tmp_path, left)
+    found, left_out = train(runs, tmp_path, plan_of(3, final={"seeds": 3, "most": 10}), arms, 0)
+    assert [len(each) for each in found] == [seeds, seeds]
+    assert len(left_out) == 2 * max(0, 3 - seeds)
 
 
 def test_a_seed_that_fails_is_left_out_with_its_reason(tmp_path, arms):

@@ -204,9 +204,18 @@ def test_reasons_name_the_numbers_that_decided():
     plan = planned("PneumoniaMNIST", 600)
     why = {each["name"]: each["why"] for each in plan["not_run"]}
     assert "a run of 2 epochs takes 3 min" in why["finetune"]
-    assert any("kept for the comparison" in sentence for sentence in plan["sentences"])
+    assert any("choices are made on" in sentence for sentence in plan["sentences"])
     assert any(sentence.startswith("Not run: ") and "fine-tuned" in sentence for sentence in plan["sentences"])
     assert all(sentence.endswith(".") and "  " not in sentence for sentence in plan["sentences"])
+
+
+@pytest.mark.parametrize("seconds", [60, 90, 120, 180, 240, 420, 900, 1800])
+def test_sentences_promise_no_comparison_and_no_choice_where_there_is_none(seconds):
+    plan = planned("PneumoniaMNIST", seconds)
+    told = " ".join(plan["sentences"])
+    assert ("kept for the comparison" in told) == (plan["comparison"] is not None)
+    assert ("nothing is chosen. The test split" in told) == (plan["comparison"] is None and plan["generations"] == [1])
+    assert ("the worse two thirds stop" in told) == (sum(plan["generations"]) > 2)
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("val_auroc", "maximize"), ("val_loss", "minimize")])
