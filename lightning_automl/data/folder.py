@@ -106,7 +106,10 @@ class FolderDataModule(ImageDataModule):
         if broken and not self.skip_broken:
             raise UserError(_tell_broken(broken, len(files), Path(self.path)))
         if broken:
-            log.warning("%d files that cannot be read are left out: %s", len(broken), _some(broken, Path(self.path)))
+            left_out = (
+                "1 file that cannot be read is" if len(broken) == 1 else f"{len(broken)} files that cannot be read are"
+            )
+            log.warning("%s left out: %s", left_out, _some(broken, Path(self.path)))
             kept = [(entry, file) for entry, file in zip(listed, files, strict=True) if not file.error]
             listed, files = [entry for entry, _ in kept], [file for _, file in kept]
             if not files:

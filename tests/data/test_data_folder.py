@@ -286,7 +286,7 @@ def test_a_file_with_other_channels_is_named_and_may_be_left_out(folder, odd_fil
         load(folder, channels=3)
     data = load(folder, channels=3, skip_broken=True)
     assert len(data.contents.names) == 20
-    assert any(re.fullmatch(f"1 files that cannot be read are left out: {told}", line) for line in caplog.messages)
+    assert any(re.fullmatch(f"1 file that cannot be read is left out: {told}", line) for line in caplog.messages)
 
 
 def test_all_files_broken_is_refused(folder):
