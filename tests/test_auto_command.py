@@ -160,6 +160,8 @@ def test_a_dry_run_prints_the_plan_and_trains_no_arm(command, tmp_path, make_npz
         (["digits", "--metric", "val_luck"], "metric is 'val_luck'; known: val_auroc"),
         (["digits", "--modality", "xray"], "known: .*radiograph"),
         (["digits", "--workers", "0"], "workers is 0; give 1 or more"),
+        (["digits", "--image-size", "0"], "image_size is 0; give 1 or more pixels"),
+        (["digits", "--seed", "-1"], "seed is -1; give 0 to 4294967295"),
         (["digits", "--foldss", "3"], "unrecognized arguments: --foldss 3; see lightning-automl auto --help"),
         ([], "the following arguments are required: data; see lightning-automl auto --help"),
         (["digits", "--folds", "1000"], "139 is the largest number that is possible"),
@@ -172,6 +174,13 @@ def test_mistakes_get_one_sentence(command, tmp_path, arguments, sentence):
     lines = answer.err.strip().splitlines()
     assert "Traceback" not in answer.err
     assert re.search(sentence, lines[-1]), answer.err
+
+
+def test_a_directory_among_the_images_is_refused_and_nothing_is_left_in_it(command, tmp_path):
+    draw_images(tmp_path / "photos")
+    answer = command("auto", "photos", "--dir", "photos/run")
+    assert (answer.status, "lies among the images of" in answer.err) == (2, True)
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["dark", "light"]
 
 
 def test_a_directory_of_another_command_is_refused(command, digits, tmp_path):

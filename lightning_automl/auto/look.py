@@ -57,7 +57,7 @@ def look(
     class_path, arguments, ignored = find_data(data)
     broken: list[list[str]] = []
     if class_path.rsplit(".", 1)[-1] == "FolderDataModule" and isinstance(arguments.get("path"), str):
-        _check_place(arguments, directory)
+        check_place(arguments, directory)
         opened = open_folder(
             arguments,
             lambda chosen: build_data(class_path, chosen),
@@ -123,8 +123,8 @@ def look(
     return facts
 
 
-def _check_place(arguments: Mapping[str, Any], directory: Path) -> None:
-    """The runs would else be taken for classes."""
+def check_place(arguments: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a directory among the images of a folder: the runs would else be taken for classes."""
     root, own = Path(arguments["path"]), directory.resolve()
     if own.is_relative_to(root) and arguments.get("labels") is None and not (root / "labels.csv").is_file():
         if not any(part.startswith(".") for part in own.relative_to(root).parts):

@@ -134,6 +134,10 @@ def auto(
         raise UserError(f"metric is {metric!r}; known: {', '.join(METRICS)}")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}; give 1 or more")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size is {image_size}; give 1 or more pixels")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; give 0 to {2**32 - 1}")
     given = {
         "auto": str(data),
         "budget": seconds_of("budget", budget),
@@ -150,6 +154,7 @@ def auto(
     if directory is None:
         _check_data(str(data))
     place = (new_directory("auto") if directory is None else Path(directory)).resolve()  # as the trial server sees it
+    _check_place(str(data), place)  # not later: even what is left of a refusal would be taken for a class
     with contextlib.ExitStack() as held:
         settings = _claim(place, given, held)
         log_to(place / "log.txt")
@@ -161,6 +166,13 @@ def auto(
 def _check_data(data: str) -> None:
     if data != "digits" and not Path(data).exists():
         raise UserError(f"there is no {data}; give digits, a folder of images, an .npz file or a YAML file")
+
+
+def _check_place(data: str, place: Path) -> None:
+    if data != "digits" and Path(data).is_dir():
+        from lightning_automl.auto.look import check_place
+
+        check_place({"path": str(Path(data).resolve())}, place)
 
 
 def _claim(directory: Path, given: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
