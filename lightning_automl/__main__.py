@@ -9,6 +9,7 @@ from lightning_automl import __version__
 
 #: Every sub-command with the module that runs it and what it does.
 COMMANDS = {
+    "auto": ("auto_command", "from a folder of labelled images to a model and an honest report, within a time"),
     "fit": ("cli", "train a network from a YAML file, validate it each epoch and test it once at the end"),
     "validate": ("cli", "evaluate a run's best checkpoint on the validation split"),
     "test": ("cli", "evaluate a run's best checkpoint on the test split"),
@@ -17,13 +18,13 @@ COMMANDS = {
         "searching",
         "vary a fit config and leave the best, or search for an augmentation policy",
     ),
-    "auto": ("auto_command", "from a folder of labelled images to a model and an honest report, within a time"),
     "report": ("finished", "write one HTML page about a run or a search, finished or not"),
     "export": ("finished", "write a run's network as ONNX, torch.export or safetensors, and check its outputs"),
     "classify": ("finished", "label new images with a run or an exported ONNX file"),
 }
 
 USAGE = """usage: lightning-automl COMMAND [--config FILE.yaml] [--dir DIR] [--dotted.key value ...]
+       lightning-automl auto DATA [--budget 30m] [--modality natural] [--dir DIR]
        lightning-automl report|export|classify DIR ...
 
 AutoML for image classification with PyTorch Lightning.
@@ -35,6 +36,7 @@ A run leaves what it made in --dir (by default a new runs/NAME-N), and goes on w
 `lightning-automl COMMAND --help` lists the keys of a command.
 
 examples:
+  lightning-automl auto path/to/images --budget 30m --modality radiograph --dir runs/xray
   lightning-automl fit --config configs/baseline/digits_cnn.yaml --dir runs/digits
   lightning-automl fit --config configs/baseline/digits_cnn.yaml --model.init_args.optimizer.init_args.lr 0.01
   lightning-automl test --dir runs/digits
