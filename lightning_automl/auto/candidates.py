@@ -128,8 +128,7 @@ def candidate_of(
         config = space.apply(config, values)
     config["trainer"]["max_epochs"] = planned["epochs"]
     config = with_policy(config, policy_file(directory, policy))
-    default = not values and policy != SEARCHED
-    return Candidate(planned["name"], dict(values or {}), policy, config, default, planned.get("title", ""))
+    return Candidate(planned["name"], dict(values or {}), policy, config, not values, planned.get("title", ""))
 
 
 def policy_file(directory: Path, policy: str) -> Path:

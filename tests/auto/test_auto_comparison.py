@@ -185,6 +185,8 @@ def test_both_are_trained_on_the_comparison_folds_with_the_same_fresh_seeds(trai
         assert {(job.fold, job.seed) for job in runs.done if job.candidate is candidate} == wanted
         assert {(each["fold"], each["seed"]) for each in own} == wanted
     assert len(runs.done) == 12
+    # Neither the seed of the choices before nor one of the final runs after, of any number of them.
+    assert not {seed for _, seed in wanted} & set(range(100))
 
 
 def test_seeds_that_do_not_fit_are_left_out_and_are_not_made_up_for_later(trained):

@@ -140,6 +140,23 @@ def test_a_mistake_of_all_runs_is_raised_and_not_kept(directory, jobs):
     assert all(each.value is not None for each in outcomes)
 
 
+def test_a_refusal_among_other_failures_is_that_of_a_candidate(directory, jobs):
+    def failing(config, fold):
+        return UserError("too many filters") if config["model"]["class_path"] == "cnn" else StudyFailed("it broke")
+
+    outcomes = runs_of(directory, BREAST, PLAN, failing).each(jobs)
+    assert [each.reason for each in outcomes] == ["too many filters"] * 2 + ["it broke"] * 2
+
+
+def test_a_run_on_a_fold_is_not_stopped_early(directory, jobs):
+    candidate = jobs[0].candidate
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_loss"}}
+    candidate.config["trainer"]["callbacks"] = [stopping]
+    runs = runs_of(directory, BREAST, PLAN, score)
+    assert runs.config_of(Job(candidate, 0, 0))["trainer"]["callbacks"] == []
+    assert runs.config_of(Job(candidate, None, 0))["trainer"]["callbacks"] == [stopping]
+
+
 def test_once_a_run_was_accepted_refusals_are_those_of_the_candidates(directory, jobs):
     runs = runs_of(directory, BREAST, PLAN, score)
     runs.each(jobs[:1])

@@ -151,6 +151,14 @@ def test_a_longer_budget_adds_generations_and_repeats_nothing(directory):
     assert not set(first.workers.trained) & set(second.workers.trained)
 
 
+def test_who_was_stopped_on_an_easy_fold_does_not_lead(directory):
+    found, kept, _ = selected(directory, lambda config, fold: score(config, fold) - 0.2 * fold)
+    states = {each["key"]: (each["state"], each["mean"]) for each in kept["candidates"]}
+    assert [states[key][0] for key in kept["leaders"][:2]] == ["COMPLETE"] * 2
+    assert states[found.simple.key][0] == "COMPLETE"
+    assert states[found.simple.key][1] < max(mean for state, mean in states.values() if state == "PRUNED")
+
+
 def test_tuned_ones_that_are_not_above_the_simple_one_are_no_challengers(directory):
     def worse(config, fold):
         return score(config, fold) if rate(config) == 1e-3 else 0.1

@@ -1,9 +1,13 @@
 """What the stages share; the command as a whole is tested in test_auto_command.py."""
 
-import pytest
-from seen import BREAST, seen
+from types import SimpleNamespace
 
+import pytest
+from seen import BREAST, DIGITS, seen
+
+from lightning_automl.auto.candidates import Candidate
 from lightning_automl.auto.clock import Clock
+from lightning_automl.auto.comparison import Challenger, Choice
 from lightning_automl.auto.strategy import _Strategy
 from lightning_automl.rundir import UserError, read_json, write_json
 
@@ -116,3 +120,65 @@ def test_a_larger_budget_does_not_look_at_other_sizes(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="environment"):
         strategy._look()
     assert [each["image_size"] for each in asked] == [48, None]
+
+
+@pytest.mark.parametrize(
+    ("facts", "given", "metric"),
+    [(BREAST, None, "val_auroc"), (DIGITS, None, "val_balanced_accuracy"), (DIGITS, "val_loss", "val_loss")],
+)
+def test_what_decides_hangs_on_the_number_of_classes_unless_it_is_given(tmp_path, pages, facts, given, metric):
+    evaluated(tmp_path)
+    strategy = Staged(tmp_path, 60.0, lambda plan: None)
+    strategy._look = lambda: facts
+    strategy.settings["metric"] = given
+    assert strategy(False).plan["metric"] == metric
+
+
+def candidate(lr, **network):
+    """With a policy that is in a file, as all have."""
+    model = {"init_args": {"model": {"init_args": network}, "lr": lr}}
+    return Candidate("cnn", {}, "none", {"model": model, "data": {"init_args": {"train_policy": None}}}, lr == 1)
+
+
+@pytest.mark.parametrize(("adopted", "used"), [("simple", 0), ("searched", 1)])
+def test_what_was_searched_is_taken_only_if_it_was_adopted(tmp_path, monkeypatch, adopted, used):
+    simple, tuned = candidate(1), candidate(2)
+    led = []
+    auto = "lightning_automl.auto"
+    monkeypatch.setattr(f"{auto}.policy_arm.search_policy", lambda *given, **keys: led.append(given[4]))
+    monkeypatch.setattr(f"{auto}.architecture_arm.search_architecture", lambda *given, **keys: None)
+    choice = Choice(Challenger(tuned, "hyper-parameters"), 1, [], "")
+    monkeypatch.setattr(f"{auto}.comparison.best_challenger", lambda *given, **keys: choice)
+    monkeypatch.setattr(f"{auto}.comparison.compare", lambda *given, **keys: {"adopted": adopted, "sentence": "."})
+    strategy = Staged(tmp_path, 60.0, None)
+    strategy.settings["seed"] = 0
+    for searched in (tuned, None):
+        found = strategy._adopted(None, BREAST, {}, SimpleNamespace(simple=simple, searched=searched))
+        assert found is (simple, tuned)[used]
+    assert led == [tuned, simple]  # the policy is searched with the best there is
+    assert read_json(tmp_path / "comparison.json")["adopted"] == adopted
+
+
+def test_the_genotype_beside_the_model_is_that_of_the_model(tmp_path):
+    strategy = Staged(tmp_path, 60.0, None)
+    strategy._keep_parts(candidate(1, genotype={"normal": []}))
+    assert read_json(tmp_path / "genotype.json") == {"normal": []}
+    strategy._keep_parts(candidate(1))
+    assert not (tmp_path / "genotype.json").exists()
+
+
+def test_a_new_plan_forgets_what_was_cut_and_the_same_keeps_it(tmp_path, monkeypatch):
+    auto = "lightning_automl.auto"
+    monkeypatch.setattr(f"{auto}.arms.available", lambda *given, **keys: ([], {}))
+    monkeypatch.setattr(f"{auto}.measure.measure", lambda *given, **keys: {})
+    monkeypatch.setattr(
+        f"{auto}.plan.make_plan",
+        lambda *given, **keys: {"budget": keys["budget"], "sentences": [], "former": keys["former"]},
+    )
+    for budget, cuts in ((60.0, {}), (60.0, {"final": "."}), (90.0, {})):
+        strategy = Staged(tmp_path, budget, None)
+        strategy.settings |= {"backbone": None, "weights": None, "seed": 0}
+        plan = _Strategy._plan(strategy, BREAST, "val_auroc")
+        assert (plan["budget"], strategy.clock.cuts) == (budget, cuts)
+        strategy.clock.cut("final", ".")
+    assert plan["former"]["budget"] == 60.0
