@@ -1,4 +1,4 @@
-"""A data module that writes down which split is asked for, and whether a file is there by then."""
+"""A data module that writes down which split is asked for, and which files are there by then."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ class SpiedDataModule(ArraysDataModule):
 
     Args:
         path: Of the arrays.
-        notes: File that a line ``[split, whether watched is there]`` is added to.
-        watched: Path of the other file.
+        notes: File that a line ``[split, whether each of watched is there, …]`` is added to.
+        watched: Paths of other files.
         kwargs: See the base class.
     """
 
-    def __init__(self, path: str, notes: str, watched: str, **kwargs):
+    def __init__(self, path: str, notes: str, watched: list[str], **kwargs):
         self._notes, self._watched = notes, watched
         super().__init__(path, **kwargs)
 
     def dataset(self, split):
         with open(self._notes, "a") as file:
-            file.write(json.dumps([split, Path(self._watched).exists()]) + "\n")
+            file.write(json.dumps([split, *(Path(each).exists() for each in self._watched)]) + "\n")
         return super().dataset(split)
