@@ -35,6 +35,8 @@ STAGE, EVALUATION = "final", "evaluation"
 #: Images with class activation maps.
 _MAPS = 12
 
+#: Of the budget, by how much the final trainings may go beyond their time before they are stopped.
+_GRACE = 0.05
 #: Of the time that is left, what more seeds than planned may take.
 _FURTHER = 0.85
 
@@ -114,11 +116,15 @@ def _train(
         only = "" if both == len(arms) else f", and {arms[1].title} was left out"
         runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained{only}, for lack of time.")
     jobs = [Job(arm, None, seed + number) for number in range(seeds) for arm in arms[:both]]
-    several = runs.each(jobs, at_least=len(jobs))
+    # The first of each arm is begun in any case; what takes longer than the time is stopped, unless it is all there is.
+    own_time = _left(runs, plan) + _GRACE * float(plan["budget"])
+    several = runs.each(jobs, at_least=both, within=own_time, on_run=_tell)
+    if all(each.reason == BUDGET for each in several):
+        several = [*runs.each(jobs[:both], at_least=both, on_run=_tell), *several[both:]]
     if both < len(arms) and all(each.value is None for each in several):  # a simple model is better than none
         runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained, for lack of time.")
         further = [Job(arms[1], None, seed + number) for number in range(seeds)]
-        jobs, several = jobs + further, several + runs.each(further, at_least=len(further))
+        jobs, several = jobs + further, several + runs.each(further, at_least=len(further), on_run=_tell)
     outcomes = {(job.candidate.key, job.seed): outcome for job, outcome in zip(jobs, several, strict=True)}
     found: list[_Seeds] = []
     left_out = []
@@ -138,6 +144,18 @@ def _left_out(candidate: Candidate, seed: int, reason: str) -> dict[str, Any]:
     return {"key": candidate.key, "title": candidate.title, "seed": seed, "reason": reason}
 
 
+def _left(runs: Runs, plan: Mapping[str, Any]) -> float:
+    """Seconds for the final trainings."""
+    stages = [each["name"] for each in plan.get("stages") or ()]
+    return max(0.0, seconds_for(STAGE, plan, runs.clock) if STAGE in stages else runs.clock.left())
+
+
+def _tell(job: Job, outcome: Outcome) -> None:
+    """How a final run ended."""
+    came_to = f"{outcome.value:.4f}" if outcome.value is not None else outcome.reason
+    log.info("final training: %s: %s (%.0f s)", job.title, came_to, outcome.seconds)
+
+
 def _affordable(
     runs: Runs, directory: Path, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
 ) -> tuple[int, int]:
@@ -150,8 +168,7 @@ def _affordable(
     known = read_json(path) or {}
     if {key: known.get(key) for key in question} == question:
         return known["seeds"], known["trained_arms"]
-    stages = [each["name"] for each in plan.get("stages") or ()]
-    left = max(0.0, seconds_for(STAGE, plan, runs.clock) if STAGE in stages else runs.clock.left())
+    left = _left(runs, plan)
 
     def fits(seeds: int, both: int) -> bool:
         jobs = [Job(arm, None, seed + n) for n in range(seeds) for arm in arms[:both]]

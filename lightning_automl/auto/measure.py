@@ -31,6 +31,8 @@ SEARCH = "architecture_search"
 
 #: Share of the budget that measuring may take, and seconds that it has in any case.
 _SHARE, _LEAST = 0.08, 4.0
+#: An arm is stopped when it takes so many times as long as there is time, or as the longest before it.
+_PATIENCE = 2.0
 #: Seconds that a measured epoch is to take, about.
 _EPOCH = 0.6
 #: Seconds of an epoch that are spent on no image: loops, metrics.
@@ -110,10 +112,11 @@ def measure(
 
     def work(name: str) -> None:
         # The first ones in any case; one that takes as long as the longest so far has to fit.
-        if waiting.index(name) >= workers.number and time.monotonic() - started + measuring.longest > limit:
+        turn, left = waiting.index(name), limit - (time.monotonic() - started)
+        if turn >= workers.number and measuring.longest > left:
             measuring.note(name, None, NO_TIME)
         else:
-            measuring.one(name)
+            measuring.one(name, workers if turn == 0 else workers.within(_PATIENCE * max(left, measuring.longest)))
 
     workers.each(work, waiting)
     if not measuring.found["arms"] and measuring.refusals:
@@ -192,14 +195,17 @@ class _Measuring:
         self.workers.do("the start of the trial server", payload, self.directory / "measure" / "output.txt")
         self.found["server_seconds"] = round(time.monotonic() - started, 3)
 
-    def one(self, name: str) -> None:
+    def one(self, name: str, workers: Workers) -> None:
         """Measure an arm; if it cannot be built or trained, that is why it is not run."""
         started = time.monotonic()
         try:
-            known = self._measured(name)
+            known = self._measured(name, workers)
         except (UserError, StudyFailed) as error:
             if self.workers.is_set():
                 raise  # all was stopped
+            if workers.out_of_time:
+                self.note(name, None, NO_TIME)
+                return
             self.note(name, None, str(error))
             if isinstance(error, UserError):
                 self.refusals.append(error)
@@ -222,10 +228,10 @@ class _Measuring:
                 log.info("%s: an epoch takes %.2f s, and a run %.1f s more", name, each, more)
             write_json(self.directory / "measured.json", self.found)
 
-    def _measured(self, name: str) -> dict[str, float]:
+    def _measured(self, name: str, workers: Workers) -> dict[str, float]:
         place = self.directory / "measure" / name
         shutil.rmtree(place, ignore_errors=True)
-        config = self._resolved(name, place)
+        config = self._resolved(name, place, workers)
         if name != SEARCH:
             write_text(self._path(name), yaml.safe_dump(config, sort_keys=False))
         part = part_of(self.facts, ARMS["pcdarts" if name == SEARCH else name], gpu=self.gpu)
@@ -245,12 +251,12 @@ class _Measuring:
         write_text(place / "config.yaml", yaml.safe_dump(short, sort_keys=False))
         payload = {"do": "fit", "directory": str(place.resolve()), "watch": "val_loss", "costs": []}
         started = time.monotonic()
-        result = self.workers.do(f"measuring {name}", payload, place / "output.txt", on_message=answer)
+        result = workers.do(f"measuring {name}", payload, place / "output.txt", on_message=answer)
         return self._scaled(
             name, result, part, whole=time.monotonic() - started, epoch=ends[-1] - ends[-2], place=place
         )
 
-    def _resolved(self, name: str, place: Path) -> dict[str, Any]:
+    def _resolved(self, name: str, place: Path, workers: Workers) -> dict[str, Any]:
         if name == SEARCH:
             config = search_config_of(self.facts, epochs=2, metric=self.metric, seed=self.seed)
         else:
@@ -259,7 +265,7 @@ class _Measuring:
         place.mkdir(parents=True)
         file = place.with_suffix(".yaml")
         payload: dict[str, Any] = {"do": "check", "file": str(file), "configs": [config], "built": []}
-        found = self.workers.do(f"the config of {name}", payload, place.with_suffix(".txt"))
+        found = workers.do(f"the config of {name}", payload, place.with_suffix(".txt"))
         resolved: dict[str, Any] = found["resolved"][0]
         return resolved
 

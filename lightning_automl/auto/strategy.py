@@ -138,6 +138,8 @@ def auto(
         raise UserError(f"image_size is {image_size}; give 1 or more pixels")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give 0 to {2**32 - 1}")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"there is no file {weights}; give the file with the weights of the backbone")
     given = {
         "auto": str(data),
         "budget": seconds_of("budget", budget),

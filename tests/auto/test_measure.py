@@ -1,5 +1,6 @@
 """Measuring: an epoch by a few of its batches, within its share of the budget, and nothing twice."""
 
+import copy
 import dataclasses
 import json
 
@@ -22,15 +23,15 @@ GIVEN = {"metric": "val_auroc", "seed": 0}
 class Stub:
     """Stands in for workers and for the clock: each run takes the seconds that are given for its arm.
 
-    A run's second epoch has ``epoch`` seconds of which ``within`` are within the row of the table.
+    A run's second epoch has ``epoch`` seconds of which ``row`` are in the row of the table.
     """
 
     slices = (Slice((), 1),)
 
-    def __init__(self, seconds, number=1, epoch=0.5, within=0.44, failing=None, counts=None):
+    def __init__(self, seconds, number=1, epoch=0.5, row=0.44, failing=None, counts=None):
         self.seconds = seconds
         self.number = number
-        self.epoch, self.within = epoch, within
+        self.epoch, self.row = epoch, row
         self.failing = failing or {}
         self.counts = counts or {"train": [100, 100], "val": [30, 30], "test": [20, 20]}
         self.time = 0.0
@@ -39,8 +40,13 @@ class Stub:
     def monotonic(self):
         return self.time
 
+    out_of_time = False
+
     def is_set(self):
         return False
+
+    def within(self, seconds):
+        return self
 
     def each(self, work, items):
         return [work(item) for item in items]
@@ -59,7 +65,7 @@ class Stub:
         self.time += self.epoch
         on_message({"report": 0.6, "step": 2})
         (place / "data.json").write_text(json.dumps({"counts": self.counts}))
-        (place / "metrics.csv").write_text(f"epoch,val_loss,seconds\n0,0.7,9.0\n1,0.6,{self.within}\n")
+        (place / "metrics.csv").write_text(f"epoch,val_loss,seconds\n0,0.7,9.0\n1,0.6,{self.row}\n")
         return {"metrics": {"parameters": 123}}
 
 
@@ -232,3 +238,21 @@ def test_arms_are_measured_by_processes_of_the_trial_server(request, tmp_path, m
     kept = yaml.safe_load((tmp_path / "auto" / "arms" / "cnn.yaml").read_text())
     assert kept["model"]["class_path"].endswith(".ClassificationTask")
     assert kept["data"]["init_args"]["fold"] is None
+
+
+class Late(Stub):
+    """All arms but the first are stopped by their time."""
+
+    def within(self, seconds):
+        other = copy.copy(self)
+        other.out_of_time = True
+        other.failing = {"resnet": StudyFailed("stopped at the limit")}
+        return other
+
+
+def test_an_arm_that_takes_far_too_long_is_stopped_and_has_no_time(tmp_path, monkeypatch):
+    workers = Late({"cnn": 1.0, "resnet": 9.0})
+    monkeypatch.setattr(measuring, "time", workers)
+    found = measure(workers, tmp_path, BREAST, arms("cnn", "resnet"), {}, budget=600, **GIVEN)
+    assert found["not_run"]["resnet"] == NO_TIME
+    assert list(found["arms"]) == ["cnn"]
