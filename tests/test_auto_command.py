@@ -3,7 +3,11 @@
 import contextlib
 import csv
 import json
+import random
 import re
+import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import yaml
 from conftest import draw_images
 from PIL import Image
+from searches import processes_of, wait_until
 from sklearn.datasets import load_digits
 
 from lightning_automl.auto import auto
@@ -110,6 +115,9 @@ def test_a_longer_budget_continues_a_finished_one(tmp_path, make_npz, quickly):
     data, out = make_npz(tmp_path / "data.npz"), tmp_path / "out"
     auto(data, budget=200, directory=out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
+    files = {name: (out / name).read_text() for name in ("plan.json", "summary.json", "config.yaml")}
+    assert auto(data, budget=300, directory=out, dry_run=True).plan["budget"] == 300
+    assert all((out / name).read_text() == text for name, text in files.items())
     result = auto(data, budget=300, directory=out)
     assert result.plan["budget"] == 300
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
@@ -140,6 +148,54 @@ def test_the_same_seed_gives_the_same_model(tmp_path, make_npz, quickly):
     assert models[0] == models[1]
     first, second = (read_predictions(tmp_path / name / "predictions_test.safetensors") for name in ("one", "two"))
     assert (first.probabilities == second.probabilities).all()
+
+
+@pytest.mark.slow
+def test_ten_kills_end_in_the_same_model(tmp_path, make_npz, monkeypatch):
+    """With all stages but the searches for policy and architecture, whose own tests kill them."""
+    from lightning_automl.auto import plan
+
+    whole = plan.make_plan
+
+    def with_a_comparison(*arguments, **keys):
+        short = small(whole(*arguments, **keys))
+        arms = [each | {"policies": ["none", "trivial_augment"]} for each in short["arms"]]
+        return short | {"arms": arms, "generations": [2, 2], "comparison": {"seeds": 1}, "search_folds": [0, 1]}
+
+    monkeypatch.setattr(plan, "make_plan", with_a_comparison)
+    data = make_npz(tmp_path / "data.npz", classes=2, counts=(60, 20, 20))
+    # The budget is large, so that the time of ten starts cuts nothing.
+    given = {"budget": 3600, "seed": 1, "workers": 2}
+    killed = tmp_path / "killed"
+    auto(data, directory=killed, dry_run=True, **given)
+    shutil.copytree(killed, tmp_path / "whole")
+    auto(data, directory=tmp_path / "whole", **given)
+
+    command = [sys.executable, "-m", "lightning_automl", "auto", str(data), "--dir", str(killed)]
+    command += ["--budget", "3600", "--seed", "1", "--workers", "2"]
+    generator = random.Random(0)
+    for _ in range(10):
+        before = len(list(killed.glob("runs/*/*")))
+        with (tmp_path / "errors").open("a") as errors:
+            process = subprocess.Popen(command, stdout=errors, stderr=errors)
+        wait_until(lambda: process.poll() is not None or len(list(killed.glob("runs/*/*"))) > before)  # noqa: B023
+        time.sleep(generator.uniform(0.0, 2.0))
+        process.kill()
+        process.wait()
+        wait_until(lambda: not processes_of(killed))
+    with (tmp_path / "errors").open("a") as errors:
+        assert subprocess.run(command, stdout=errors, stderr=errors).returncode == 0, (tmp_path / "errors").read_text()
+
+    assert read_json(killed / "model.json") == read_json(tmp_path / "whole/model.json")
+    for name in ("predictions_val.safetensors", "predictions_test.safetensors"):
+        first, second = (read_predictions(tmp_path / place / name) for place in ("killed", "whole"))
+        assert (first.probabilities == second.probabilities).all()
+    scores = [read_json(tmp_path / place / "selection.json")["candidates"] for place in ("killed", "whole")]
+    assert [(each["key"], each["folds"]) for each in scores[0]] == [(each["key"], each["folds"]) for each in scores[1]]
+    assert read_json(killed / "summary.json")["test_opened"] == 1
+    tables = list(killed.glob("runs/*/*/metrics.csv"))
+    assert tables
+    assert all(len(table.read_text().splitlines()) == 3 for table in tables), "epochs were trained twice"
 
 
 def test_a_dry_run_prints_the_plan_and_trains_no_arm(command, tmp_path, make_npz):

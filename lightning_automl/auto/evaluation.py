@@ -1,6 +1,7 @@
 """What trained networks give for the images of a split, found in a process of the trial server: one for all of them."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from lightning_automl.auto.averaging import average_weights
 from lightning_automl.auto.evaluated import file_of, is_evaluated, read_evaluated, weights_digest, write_predictions
 from lightning_automl.auto.shown import choose_images
 from lightning_automl.callbacks.records import split_digest
+from lightning_automl.mistakes import one_sentence
 from lightning_automl.models.activation import class_activation_maps
 from lightning_automl.results.ensemble import combine
 from lightning_automl.results.network import DIVERGED, probabilities, trained_task
 from lightning_automl.results.run import Predictions, Run, open_data
 from lightning_automl.rundir import UserError, index_digest, replacing
 from lightning_automl.search.channel import Channel
+
+log = logging.getLogger("lightning_automl")
 
 _BATCH = 128
 
@@ -153,7 +157,11 @@ def _write_maps(run: Run, data: Any, split: str, maps: Mapping[str, Any]) -> boo
     images, labels = data.dataset(split)[torch.from_numpy(positions)]
     predicted = torch.from_numpy(scores.argmax(1)[positions])
     task, device = _network(run), _device(run)
-    found = class_activation_maps(task, images.to(device).float().div_(255), predicted.to(device))
+    try:
+        found = class_activation_maps(task, images.to(device).float().div_(255), predicted.to(device))
+    except Exception as error:  # of whatever network; a picture is not worth the model
+        log.warning("where the network looks cannot be shown: %s", one_sentence(error))
+        found = None
     if found is None:
         file.unlink(missing_ok=True)
         return False

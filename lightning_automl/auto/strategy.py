@@ -158,7 +158,7 @@ def auto(
     place = (new_directory("auto") if directory is None else Path(directory)).resolve()  # as the trial server sees it
     _check_place(str(data), place)  # not later: even what is left of a refusal would be taken for a class
     with contextlib.ExitStack() as held:
-        settings = _claim(place, given, held)
+        settings = _claim(place, given, held, keep=not dry_run)
         log_to(place / "log.txt")
         server = held.enter_context(TrialServer(RANK))
         clock = held.enter_context(Clock(place, settings["budget"], since=started))
@@ -177,8 +177,15 @@ def _check_place(data: str, place: Path) -> None:
         check_place({"path": str(Path(data).resolve())}, place)
 
 
-def _claim(directory: Path, given: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
-    """Hold the directory, and write down what was asked for after a look whether it takes that."""
+def _claim(directory: Path, given: dict[str, Any], held: contextlib.ExitStack, keep: bool = True) -> dict[str, Any]:
+    """Hold the directory, and write down what was asked for after a look whether it takes that.
+
+    Args:
+        directory: Of the strategy.
+        given: What was asked for.
+        held: Closes the lock.
+        keep: Whether to write it down also if something was asked for before.
+    """
     saved = directory / "config.yaml"
     before = yaml.safe_load(saved.read_text()) if saved.exists() else None
     if before is not None and not (isinstance(before, dict) and "auto" in before):
@@ -203,7 +210,8 @@ def _claim(directory: Path, given: dict[str, Any], held: contextlib.ExitStack) -
                 f"{directory} was started with {key}={old}, now it is {new}; give the former value to continue it, or "
                 "another --dir to start anew"
             )
-    write_text(saved, yaml.safe_dump(given, sort_keys=False))
+    if keep or before is None:
+        write_text(saved, yaml.safe_dump(given, sort_keys=False))
     return given
 
 
@@ -227,13 +235,14 @@ class _Strategy:
         finished = self._finished()
         if finished is not None:
             return finished
-        self._begin()
+        if not dry:
+            self._begin()
         with self._noting_failure(started):
             with self.clock.stage("look"):
                 facts = self._look()
             metric = self.settings["metric"] or ("val_auroc" if facts.num_classes == 2 else "val_balanced_accuracy")
             with self.clock.stage("measure"):
-                plan = self._plan(facts, metric)
+                plan = self._plan(facts, metric, keep=not dry)
             if dry:
                 log.info("nothing more was trained")
                 return Result(self.directory, "planned", {}, plan)
@@ -297,7 +306,7 @@ class _Strategy:
             log.info("%s", note)
         return Facts.from_dict(known or facts.to_dict())
 
-    def _plan(self, facts: Facts, metric: str) -> dict[str, Any]:
+    def _plan(self, facts: Facts, metric: str, *, keep: bool) -> dict[str, Any]:
         from lightning_automl.auto.arms import available
         from lightning_automl.auto.measure import measure
         from lightning_automl.auto.plan import make_plan
@@ -320,7 +329,6 @@ class _Strategy:
                 budget=self.settings["budget"],
                 **pretrained,
             )
-            self.clock.forget_cuts()
             plan = make_plan(
                 facts,
                 measured,
@@ -330,7 +338,9 @@ class _Strategy:
                 metric=metric,
                 former=former,
             )
-            write_json(path, plan)
+            if keep or former is None:  # a dry run leaves what was done as it was
+                self.clock.forget_cuts()
+                write_json(path, plan)
         for sentence in plan["sentences"]:
             log.info("%s", sentence)
         return plan
