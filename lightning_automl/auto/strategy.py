@@ -306,7 +306,7 @@ class _Strategy:
             log.info("%s", note)
         return Facts.from_dict(known or facts.to_dict())
 
-    def _plan(self, facts: Facts, metric: str, *, keep: bool) -> dict[str, Any]:
+    def _plan(self, facts: Facts, metric: str, *, keep: bool = True) -> dict[str, Any]:
         from lightning_automl.auto.arms import available
         from lightning_automl.auto.measure import measure
         from lightning_automl.auto.plan import make_plan

@@ -26,7 +26,7 @@ class Staged(_Strategy):
     def _look(self):
         return BREAST
 
-    def _plan(self, facts, metric):
+    def _plan(self, facts, metric, keep=True):
         plan = {"budget": self.settings["budget"], "metric": metric}
         write_json(self.directory / "plan.json", plan)
         return plan
