@@ -22,4 +22,3 @@ def seconds_of(key: str, text: str | float | None) -> float | None:
     if value <= 0:
         raise UserError(f"{key} is {text!r}; give a time above zero as 90s, 30m or 2h")
     return value
-
