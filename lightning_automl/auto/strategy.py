@@ -384,9 +384,10 @@ class _Strategy:
         with self.clock.stage("comparison"):
             choice = best_challenger(runs, plan, simple, challengers, seed=seed)
             candidate, kind = choice.challenger or (None, "")
-            record = compare(
-                runs, plan, facts, simple, candidate, kind, seed=seed, tried=choice.tried, why=choice.sentence
-            )
+            why = choice.sentence
+            if not challengers and any(not each.default for each in selection.candidates.values()):
+                why = "The tuned hyper-parameters did not outperform the defaults on the search folds"
+            record = compare(runs, plan, facts, simple, candidate, kind, seed=seed, tried=choice.tried, why=why)
         write_json(self.directory / "comparison.json", record | {"challengers": choice.means})
         log.info("%s", record["sentence"])
         return candidate if candidate is not None and record["adopted"] == "searched" else simple

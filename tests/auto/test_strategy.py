@@ -153,10 +153,25 @@ def test_what_was_searched_is_taken_only_if_it_was_adopted(tmp_path, monkeypatch
     strategy = Staged(tmp_path, 60.0, None)
     strategy.settings["seed"] = 0
     for searched in (tuned, None):
-        found = strategy._adopted(None, BREAST, {}, SimpleNamespace(simple=simple, searched=searched))
+        found = strategy._adopted(None, BREAST, {}, SimpleNamespace(simple=simple, searched=searched, candidates={}))
         assert found is (simple, tuned)[used]
     assert led == [tuned, simple]  # the policy is searched with the best there is
     assert read_json(tmp_path / "comparison.json")["adopted"] == adopted
+
+
+def test_tuned_values_that_are_no_better_on_the_search_folds_are_told(tmp_path):
+    simple, tuned = candidate(1), candidate(2)
+    strategy = Staged(tmp_path, 60.0, None)
+    strategy.settings["seed"] = 0
+    plan = {"metric": "val_auroc", "direction": "maximize", "search_folds": [0, 1, 2], "comparison": {"seeds": 1}}
+    plan |= dict.fromkeys(("policy_search", "architecture_search"))
+    for several, sentence in (
+        ([simple, tuned], "The tuned hyper-parameters did not outperform"),
+        ([simple], "Nothing"),
+    ):
+        selection = SimpleNamespace(simple=simple, searched=None, candidates=dict(enumerate(several)))
+        assert strategy._adopted(None, BREAST, plan, selection) is simple
+        assert read_json(tmp_path / "comparison.json")["sentence"].startswith(sentence)
 
 
 def test_the_genotype_beside_the_model_is_that_of_the_model(tmp_path):
