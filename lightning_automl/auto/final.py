@@ -55,9 +55,9 @@ def finish(
     """Train the chosen candidate with several seeds, make one model of the runs and judge it on the test split.
 
     The simple candidate, if it is another one, is trained, put together and judged in the same way, for comparison.
-    Both are trained on the data's own train split and the best epoch is that of the validation split. Seeds that do not
-    fit into the time, and those that fail, are left out, with the reason. If all of the chosen one fail, the simple one
-    is used, which ``evaluation.json`` says in ``instead_of``.
+    Both are trained on the data's own train split and the best epoch is that of the validation split, or the last one
+    where that has few images. Seeds that do not fit into the time, and those that fail, are left out, with the reason.
+    If all of the chosen one fail, the simple one is used, which ``evaluation.json`` says in ``instead_of``.
 
     What is left: ``model.json``, ``data.json``, ``predictions_val.safetensors``, ``predictions_test.safetensors``,
     ``activations.safetensors`` for networks that have such maps, and ``evaluation.json``, written last. The test split

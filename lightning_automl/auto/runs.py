@@ -27,6 +27,9 @@ log = logging.getLogger("lightning_automl")
 #: Reason of a run that was not started, or not ended, since the time is short.
 BUDGET = "budget"
 
+#: Validation images below which the best epoch on them says nothing.
+FEW = 30
+
 _FAILURE = "failure.json"
 
 
@@ -62,7 +65,8 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        value: Of the metric: after the last epoch on a fold, of the best epoch on the data's own validation split.
+        value: Of the metric: after the last epoch on a fold, of the best epoch on the data's own validation split,
+            see :meth:`Runs.config_of`.
             None if there is none.
         reason: Why there is none, a sentence; :data:`BUDGET` if it was the time; else "".
         seconds: That the run took, in all its tries.
@@ -103,6 +107,7 @@ class Runs:
         # Folds that choices do not see: of two folds nothing would be left to train on.
         kept = plan["comparison"] is not None and len(self._searched) > 1
         self._apart: list[int] = plan["comparison_folds"] if kept else []
+        self._few = facts.number("val") < FEW
         self._planned = _planned(plan)
         self._learned: dict[tuple[str, str], dict[Path, float]] = defaultdict(dict)
         self._lock = threading.Lock()
@@ -132,11 +137,13 @@ class Runs:
         """The ``fit`` config of a run. It opens no test split.
 
         On a fold it goes to its last epoch, which counts: a better one would be chosen on the images that are to judge
-        it. If there is a comparison to come, it does without the images of the folds that are kept for that.
+        it. If there is a comparison to come, it does without the images of the folds that are kept for that. Of a final
+        run the best epoch on the validation split counts, and the last one where that has fewer than 30 images.
         """
         config = closed(job.candidate.config, self.directory) | {"seed_everything": job.seed}
         if job.fold is None:
-            return config
+            # Of a handful of images the best epoch is one of luck.
+            return config | ({"monitor": "epoch", "mode": "max"} if self._few else {})
         without = self._apart if job.fold in self._searched else ()
         return to_its_end(of_fold(config, job.fold, self.folds, without))
 

@@ -51,6 +51,16 @@ def test_a_final_run_is_worth_its_best_epoch_and_keeps_its_network(directory, jo
     assert (outcome.place / "checkpoints" / "best.ckpt").exists()
 
 
+def test_of_few_validation_images_the_last_epoch_counts(directory, jobs):
+    job = Job(jobs[0].candidate, None, 3)
+    assert BREAST.number("val") >= 30
+    assert runs_of(directory, BREAST, PLAN, score).config_of(job)["monitor"] == "val_auroc"
+    few = BREAST.from_dict({**BREAST.to_dict(), "counts": {**BREAST.counts, "val": [15, 14]}})
+    config = runs_of(directory, few, PLAN, score).config_of(job)
+    assert (config["monitor"], config["mode"]) == ("epoch", "max")
+    assert runs_of(directory, few, PLAN, score).config_of(jobs[0])["monitor"] == "val_auroc"
+
+
 def test_networks_of_folds_are_removed(directory, jobs):
     (outcome, *_) = runs_of(directory, BREAST, PLAN, score).each(jobs)
     assert not (outcome.place / "checkpoints").exists()
