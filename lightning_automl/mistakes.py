@@ -27,6 +27,8 @@ def one_sentence(error: BaseException, parser: Any = None) -> str:
     Returns:
         A sentence without a line break; of an unknown error its text in one line.
     """
+    if isinstance(error, DiskFullError):
+        return str(error.strerror or error)
     text = str(error) or type(error).__name__
     if isinstance(error, UserError):
         return text

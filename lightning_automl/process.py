@@ -31,6 +31,18 @@ class _Terminal(logging.StreamHandler[TextIO]):
         get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
+class _File(logging.FileHandler):
+    """Says nothing of a message that cannot be written: on a full disk, what is being done will meet and tell that."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over it."""
+
+    def close(self) -> None:
+        """Close the file, whatever of it could not be written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def messages() -> Iterator[Callable[[Path], None]]:
     """Show the messages of this package on the terminal and keep them, Lightning's and ``warnings`` for a file.
@@ -56,7 +68,7 @@ def messages() -> Iterator[Callable[[Path], None]]:
     sinks |= {logging.getLogger(name): (to_file,) for name in ("lightning.pytorch", "py.warnings")}
 
     def write_to(path: Path) -> None:
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
+        file = _File(path, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         to_file.setTarget(file)
         to_file.flush()

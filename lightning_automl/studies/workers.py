@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -177,6 +178,9 @@ class Workers:
             )
         if ending.exception == "DiskFullError":
             return DiskFullError(errno.ENOSPC, ending.reason)
+        if os.strerror(errno.ENOSPC) in ending.reason:  # as the system says it, from a writer that is not ours
+            message = f"no space left for {output.parent}; free some and give the same command again, it goes on"
+            return DiskFullError(errno.ENOSPC, message)
         refused = ending.exception in ("UserError", "MisconfigurationException", "UnknownMetricError")
         error = UserError if refused else StudyFailed
         return error(f"{what} failed: {ending.reason} (see {output})")
