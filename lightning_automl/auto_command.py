@@ -1,28 +1,14 @@
 """The command ``auto``: from labelled images to a model and an honest report, within a time."""
 
-import argparse
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from lightning_automl.auto import auto
-from lightning_automl.mistakes import ending
-from lightning_automl.process import messages, see_working_directory
-from lightning_automl.rundir import UserError
-from lightning_automl.search.study import StudyFailed
+from lightning_automl.mistakes import PlainParser
+from lightning_automl.process import exit_status, messages, see_working_directory
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises its errors, which are one sentence already."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> PlainParser:
+    parser = PlainParser(
         "lightning-automl auto",
         allow_abbrev=False,
         description="Look at the images, plan what fits into the time, let ways of training compete, train the best "
@@ -74,25 +60,10 @@ def _parser() -> _Parser:
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
     see_working_directory()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)
+
+    def act() -> None:
         given = vars(_parser().parse_args(arguments[1:]))
         with messages() as log_to:
             auto(given.pop("data"), directory=given.pop("dir"), log_to=log_to, **given)
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
-    except StudyFailed as error:
-        print(f"lightning-automl: {error}", file=sys.stderr)
-        return 1
-    except BaseException as error:
-        status, sentence = ending(error)
-        print(sentence, file=sys.stderr)
-        return status
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
 
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    return exit_status(act)

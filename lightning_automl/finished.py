@@ -1,23 +1,13 @@
 """The commands on what a run has left: report, export, classify. Lightning is imported only by those that need it."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-from lightning_automl.mistakes import ending
-from lightning_automl.process import messages, see_working_directory
+from lightning_automl.mistakes import PlainParser
+from lightning_automl.process import exit_status, messages, see_working_directory
 from lightning_automl.results import classify, export, report
 from lightning_automl.results.export import SUFFIXES
-from lightning_automl.rundir import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises its errors, which are one sentence already."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], object]:
@@ -56,16 +46,12 @@ _COMMANDS = {"report": _report, "export": _export, "classify": _classify}
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
     command, *rest = arguments
-    parser = _Parser(f"lightning-automl {command}", allow_abbrev=False)
-    act = _COMMANDS[command](parser)
+    parser = PlainParser(f"lightning-automl {command}", allow_abbrev=False)
+    carry_out = _COMMANDS[command](parser)
     see_working_directory()
-    try:
+
+    def act() -> None:
         with messages():
-            act(parser.parse_args(rest))
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
-    except BaseException as error:
-        status, sentence = ending(error)
-        print(sentence, file=sys.stderr)
-        return status
-    return 0
+            carry_out(parser.parse_args(rest))
+
+    return exit_status(act)

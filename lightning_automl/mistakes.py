@@ -1,5 +1,6 @@
 """One sentence about a mistake, out of the many lines that a parser or a library says about it."""
 
+import argparse
 import collections.abc
 import inspect
 import re
@@ -8,13 +9,21 @@ import traceback
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
-from lightning_automl.rundir import DisagreementError, DiskFullError, UserError
+from lightning_automl.rundir import DiskFullError, ToldError, UserError
 
 #: What jsonargparse writes for types, and what a person would.
 TYPES = {"NoneType": "null", "bool": "true or false", "str": "a text", "int": "a whole number", "float": "a number"}
 TYPES |= {"list": "a list", "collections.abc.Sequence": "a list", "Sequence": "a list"}
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Raises its errors, which are one sentence already."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was given."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def one_sentence(error: BaseException, parser: Any = None) -> str:
@@ -96,6 +105,8 @@ def ending(error: BaseException, rank: int = 0) -> tuple[int, str]:
         return 130, "interrupted; the same command goes on"
     if not isinstance(error, Exception):
         raise error
+    if isinstance(error, ToldError):
+        return 1, f"lightning-automl: {error}"
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     refused = (UserError,) if lightning is None else (UserError, lightning.MisconfigurationException)
     mistake = error if isinstance(error, refused) else root_cause(error)
@@ -103,7 +114,7 @@ def ending(error: BaseException, rank: int = 0) -> tuple[int, str]:
         return 2, f"lightning-automl: {one_sentence(mistake)}"
     if isinstance(error, DiskFullError):
         return 1, f"lightning-automl: {error.strerror}"
-    if rank == 0 and not isinstance(error, DisagreementError):
+    if rank == 0:
         traceback.print_exception(error)
     return 1, f"lightning-automl: {one_sentence(error)}"
 

@@ -93,7 +93,7 @@ class _PolicySearch(SearchCommand):
             save_policy(TrivialAugment(space), policy_of(scratch, "trivial_augment"))
             built.append(run_of(self.base, scratch, "trivial_augment", folds - 1, folds, self.given.seed))
         try:
-            found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=[], built=built)
+            found = self._ask(do="check", file=str(scratch / "check.yaml"), configs=[], built=built)
         except UserError as error:
             if f"{folds} folds" in str(error) and self.apart:
                 parts = f"{self.given.folds} folds to search on and {counted(self.apart, 'fold')} to compare on"
@@ -354,7 +354,7 @@ class AutoAugment(_PolicySearch, Search):
     def _check_runs(self, scratch: Path) -> None:
         self.unchanged = None  # the run as it is has no policy, and so is not in the space
         child = self.configs.of_trial(covering(self.space, 1)[0], {"directory": directory_of(0)})
-        self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=[child], built=[])
+        self._ask(do="check", file=str(scratch / "check.yaml"), configs=[child], built=[])
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"apart": self.apart, "method": self.method.arguments()}

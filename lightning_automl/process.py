@@ -4,12 +4,16 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
+
+from lightning_automl.mistakes import ending
 
 
 def rank() -> int:
@@ -29,6 +33,30 @@ class _Terminal(logging.StreamHandler[TextIO]):
         from rich import get_console  # the one that Lightning's progress bar uses
 
         get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def exit_status(act: Callable[[], object]) -> int:
+    """Do what a command does and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given.
+
+    A ``SIGTERM`` ends it as Ctrl-C does, so that nothing that it has started outlives it.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        act()
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+    except BaseException as error:
+        status, sentence = ending(error)
+        print(sentence, file=sys.stderr)
+        return status
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 class _File(logging.FileHandler):

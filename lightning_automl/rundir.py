@@ -57,7 +57,11 @@ class UnsupportedError(UserError, NotImplementedError):
     """What was asked for cannot be done with this module, layer or adapter; from Python also a NotImplementedError."""
 
 
-class DisagreementError(RuntimeError):
+class ToldError(RuntimeError):
+    """A failure of the work itself whose sentence says all; nobody needs the traceback."""
+
+
+class DisagreementError(ToldError):
     """An exported file does not give what the network gives; it was removed."""
 
 

@@ -27,6 +27,7 @@ from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.study import StudyFailed
 from lightning_automl.search.trials import TrialServer
 from lightning_automl.search_config import METHOD_KEYS, NOT_OF_METHODS, SearchConfig, plain
+from lightning_automl.studies.workers import answer_of
 
 log = logging.getLogger("lightning_automl")
 
@@ -65,7 +66,6 @@ class SearchCommand(ABC):
         if given.dir is not None and not self.config.dry:
             self._claim(Path(given.dir), log_to)
         resolved = self._ask(
-            scratch,
             do="resolve",
             arguments=self.config.run_arguments,
             before=self._run_before(),
@@ -101,17 +101,9 @@ class SearchCommand(ABC):
     def _search(self, environment: Mapping[str, Any]) -> None:
         """Search; the directory is ours, and says what the search is."""
 
-    def _ask(self, scratch: Path, **payload: Any) -> dict[str, Any]:
+    def _ask(self, **payload: Any) -> dict[str, Any]:
         """Let a process of the trial server answer; its mistakes are the user's."""
-        log_file = scratch / "server.txt"
-        found = self.server.run(payload, ranks=1, threads=1, log=log_file, on_message=lambda message: None)
-        if found.kind == "done":
-            assert found.result is not None
-            return found.result
-        if found.exception in ("UserError", "MisconfigurationException"):
-            raise UserError(found.reason)
-        tail = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
-        raise RuntimeError(f"{found.reason}\n{tail}")
+        return answer_of(self.server, payload)
 
     def _claim(self, directory: Path, log_to: Callable[[Path], None]) -> None:
         """Hold the directory for this command."""

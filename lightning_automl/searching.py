@@ -8,12 +8,10 @@ import contextlib
 import logging
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 import optuna
@@ -21,8 +19,7 @@ import yaml
 from optuna.samplers import BruteForceSampler, GridSampler
 from optuna.trial import TrialState
 
-from lightning_automl.mistakes import ending
-from lightning_automl.process import messages, see_working_directory
+from lightning_automl.process import exit_status, messages, see_working_directory
 from lightning_automl.rundir import (
     UserError,
     differences,
@@ -34,7 +31,7 @@ from lightning_automl.search.pruners import hyperband_sentence
 from lightning_automl.search.samplers import PopulationSampler
 from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import open_storage
-from lightning_automl.search.study import StudyFailed, identifier, open_study, search
+from lightning_automl.search.study import identifier, open_study, search
 from lightning_automl.search.trials import TrialServer
 from lightning_automl.search_command import SearchCommand, counted
 from lightning_automl.search_config import SearchConfig, plain
@@ -97,7 +94,7 @@ class Search(SearchCommand):
         _check_paths(self.base, self.space)
         unchanged = self.space.values_in(self.base)
         sampled = [self.configs.of_trial(values, {}) for values in (unchanged, *covering(self.space))]
-        found = self._ask(scratch, do="check", file=str(scratch / "check.yaml"), configs=sampled, built=built)
+        found = self._ask(do="check", file=str(scratch / "check.yaml"), configs=sampled, built=built)
         self.unchanged = self._unchanged(unchanged, differences(base, found["resolved"][0]))
 
     def _unchanged(self, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -305,9 +302,8 @@ def run(arguments: list[str]) -> int:
     """Run the command and return its exit status: 0 done, 1 it failed, 2 a mistake in what was given."""
     see_working_directory()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # CmaEsSampler warns at each conditional parameter
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)
+
+    def act() -> None:
         with messages() as log_to, contextlib.ExitStack() as held:
             config = SearchConfig(arguments[1:], held)
             kind: Callable[..., SearchCommand] = Search
@@ -316,19 +312,5 @@ def run(arguments: list[str]) -> int:
 
                 kind = command_of(config.method)
             kind(config, held.enter_context(TrialServer(RANK)), held)(log_to)
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
-    except StudyFailed as error:
-        print(f"lightning-automl: {error}", file=sys.stderr)
-        return 1
-    except BaseException as error:
-        status, sentence = ending(error)
-        print(sentence, file=sys.stderr)
-        return status
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
 
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    return exit_status(act)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from lightning_automl.rundir import (
 from lightning_automl.search.devices import slices, visible_gpus
 from lightning_automl.search.trials import TrialServer
 from lightning_automl.studies.runs import RANK
-from lightning_automl.studies.workers import Workers
+from lightning_automl.studies.workers import Workers, answer_of
 
 if TYPE_CHECKING:
     from lightning_automl.auto.candidates import Candidate
@@ -285,14 +284,15 @@ class _Strategy:
         if known is not None and self.settings["auto"] == "digits":  # others may have changed since the last call
             return Facts.from_dict(known)
         modality = self.settings["modality"]
-        found = self._ask(
-            do="look",
-            directory=str(self.directory.resolve()),
-            data=_absolute(self.settings["auto"]),
-            modality=modality if Path(modality).suffix not in (".yaml", ".yml") else _absolute(modality),
-            image_size=self.settings["image_size"] or _side(known),  # not another one for a larger budget
+        payload = {
+            "do": "look",
+            "directory": str(self.directory.resolve()),
+            "data": _absolute(self.settings["auto"]),
+            "modality": modality if Path(modality).suffix not in (".yaml", ".yml") else _absolute(modality),
+            "image_size": self.settings["image_size"] or _side(known),  # not another one for a larger budget
             **{key: self.settings[key] for key in ("folds", "budget", "seed")},
-        )
+        }
+        found = answer_of(self.server, payload)
         facts = Facts.from_dict(found["facts"])
         if known is not None and known["digest"] != facts.digest:
             raise UserError(
@@ -411,19 +411,6 @@ class _Strategy:
         return {key: name for key, name in names.items() if (self.directory / name).exists()} | {
             "report": "report.html"
         }
-
-    def _ask(self, **payload: Any) -> dict[str, Any]:
-        """Let a process of the trial server answer; its mistakes are the user's."""
-        with tempfile.TemporaryDirectory() as scratch:
-            log_file = Path(scratch) / "server.txt"
-            found = self.server.run(payload, ranks=1, threads=1, log=log_file, on_message=lambda message: None)
-            if found.kind == "done":
-                assert found.result is not None
-                return found.result
-            if found.exception in ("UserError", "MisconfigurationException"):
-                raise UserError(found.reason)
-            tail = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
-        raise RuntimeError(f"{found.reason}\n{tail}")
 
     @contextlib.contextmanager
     def _noting_failure(self, started: float) -> Iterator[None]:

@@ -32,7 +32,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_automl.mistakes import one_sentence
-from lightning_automl.rundir import UserError
+from lightning_automl.rundir import ToldError, UserError
 from lightning_automl.rundir import differences as config_differences
 from lightning_automl.search.candidates import Candidate, Infeasible, Limits, Misconfigured, TrialFailed, Unfinished
 from lightning_automl.search.spaces import Space, differences
@@ -69,7 +69,7 @@ _MOST_FAILED = 10
 Score = Callable[[Candidate], float | Sequence[float]]
 
 
-class StudyFailed(RuntimeError):
+class StudyFailed(ToldError):
     """Too many trials failed, or none was scored; the text has the number and the commonest reason."""
 
 

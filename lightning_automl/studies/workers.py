@@ -5,6 +5,7 @@ import copy
 import errno
 import math
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,25 @@ from lightning_automl.search.trials import Ending, TrialServer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def answer_of(server: TrialServer, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process of the trial server answers at once; its mistakes are the user's.
+
+    Raises:
+        UserError: If it refuses what it got.
+        RuntimeError: If it failed, with the end of what it has printed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        log_file = Path(scratch) / "server.txt"
+        found = server.run(payload, ranks=1, threads=1, log=log_file, on_message=lambda message: None)
+        tail = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
+    if found.kind == "done":
+        assert found.result is not None
+        return found.result
+    if found.exception in ("UserError", "MisconfigurationException"):
+        raise UserError(found.reason)
+    raise RuntimeError(f"{found.reason}\n{tail}")
 
 
 class Workers:

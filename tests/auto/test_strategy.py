@@ -112,7 +112,9 @@ def test_a_larger_budget_does_not_look_at_other_sizes(tmp_path, monkeypatch):
     facts = seen((9, 9), (3, 3), (3, 3), size=48).to_dict()
     write_json(tmp_path / "look.json", facts)
     asked = []
-    monkeypatch.setattr(_Strategy, "_ask", lambda self, **payload: asked.append(payload) or {"facts": facts})
+    answer = {"facts": facts}
+    place = "lightning_automl.auto.strategy.answer_of"
+    monkeypatch.setattr(place, lambda server, payload: asked.append(payload) or answer)
     settings = {**dict.fromkeys(("workers", "image_size", "folds")), "seed": 0, "budget": 9.0}
     strategy = _Strategy(tmp_path, {**settings, "auto": "images", "modality": "natural"}, None, None)
     strategy._look()
