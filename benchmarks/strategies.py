@@ -1,5 +1,7 @@
 """What benchmarks of `auto` share: its command, which goes on when killed, and what its directory says."""
 
+import argparse
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +18,24 @@ from lightning_automl.rundir import read_json
 
 #: Scores in the tables, by the name that a row has them under.
 SHOWN = {"accuracy": "accuracy", "auc": "auroc", "balanced_accuracy": "balanced_accuracy"}
+
+
+def options(about: str, folder: Path, *, budget: str, seeds: int) -> argparse.ArgumentParser:
+    """What both benchmarks are told on their command lines.
+
+    Args:
+        about: What the benchmark is.
+        folder: Of the benchmark.
+        budget: Time of each command by default.
+        seeds: How many by default.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_AUTOML_DATA"))
+    parser.add_argument("--work", type=Path, default=folder / "runs", help="where the runs go")
+    parser.add_argument("--budget", default=budget, help="time of each command; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=seeds, help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
+    return parser
 
 
 def auto(data: Path, directory: Path, *, budget: str, modality: str, seed: int, workers: int = 2) -> dict[str, Any]:

@@ -6,8 +6,6 @@ trained from scratch with the defaults of torchvision's reference script (SGD of
 of the class, last epoch.
 """
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +35,8 @@ COLUMNS += ("less_auc", "less_auc_low", "less_auc_high", "command_seconds")
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_AUTOML_DATA"))
-    parser.add_argument("--work", type=Path, default=HERE / "runs", help="where the runs go")
-    parser.add_argument("--budget", default="5m", help="time of each command; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = strategies.options(__doc__, HERE, budget="5m", seeds=3)
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50], help="of a class")
-    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     given = parser.parse_args()
     if given.table:
         print(results.table(HERE, COLUMNS))

@@ -3,8 +3,6 @@
 ``python -m benchmarks.medmnist.run --data-root DIR``; killed, it goes on with the same command.
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from benchmarks import results, strategies
@@ -28,13 +26,8 @@ COLUMNS += ("accuracy_high", "published_accuracy", "command_seconds")
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_AUTOML_DATA"))
-    parser.add_argument("--work", type=Path, default=HERE / "runs", help="where the runs go")
-    parser.add_argument("--budget", default="30m", help="time of each command; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser = strategies.options(__doc__, HERE, budget="30m", seeds=2)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
-    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     given = parser.parse_args()
     if given.table:
         print(results.table(HERE, COLUMNS))
