@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks import results
 from lightning_automl.metrics import SCORES, bootstrap_interval, clopper_pearson
 from lightning_automl.results import Predictions, Run
 from lightning_automl.results.run import read_predictions
@@ -18,6 +20,17 @@ from lightning_automl.rundir import read_json
 
 #: Scores in the tables, by the name that a row has them under.
 SHOWN = {"accuracy": "accuracy", "auc": "auroc", "balanced_accuracy": "balanced_accuracy"}
+
+
+def asked(parser: argparse.ArgumentParser, folder: Path, columns: Sequence[str]) -> argparse.Namespace | None:
+    """What was given; None if that was the table alone, which is then printed."""
+    given = parser.parse_args()
+    if given.table:
+        print(results.table(folder, columns))
+        return None
+    if given.data_root is None:
+        parser.error("give --data-root, or set LIGHTNING_AUTOML_DATA")
+    return given
 
 
 def options(about: str, folder: Path, *, budget: str, seeds: int) -> argparse.ArgumentParser:

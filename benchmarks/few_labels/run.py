@@ -37,12 +37,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = strategies.options(__doc__, HERE, budget="5m", seeds=3)
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50], help="of a class")
-    given = parser.parse_args()
-    if given.table:
-        print(results.table(HERE, COLUMNS))
+    given = strategies.asked(parser, HERE, COLUMNS)
+    if given is None:
         return
-    if given.data_root is None:
-        parser.error("give --data-root, or set LIGHTNING_AUTOML_DATA")
     rows = []
     for seed in range(given.seeds):
         for images in given.images:

@@ -28,12 +28,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = strategies.options(__doc__, HERE, budget="30m", seeds=2)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
-    given = parser.parse_args()
-    if given.table:
-        print(results.table(HERE, COLUMNS))
+    given = strategies.asked(parser, HERE, COLUMNS)
+    if given is None:
         return
-    if given.data_root is None:
-        parser.error("give --data-root, or set LIGHTNING_AUTOML_DATA")
     rows = []
     for seed in range(given.seeds):
         for name in given.sets:

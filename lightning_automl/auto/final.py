@@ -146,8 +146,7 @@ def _left_out(candidate: Candidate, seed: int, reason: str) -> dict[str, Any]:
 
 def _left(runs: Runs, plan: Mapping[str, Any]) -> float:
     """Seconds for the final trainings."""
-    stages = [each["name"] for each in plan.get("stages") or ()]
-    return max(0.0, seconds_for(STAGE, plan, runs.clock) if STAGE in stages else runs.clock.left())
+    return max(0.0, seconds_for(STAGE, plan, runs.clock))
 
 
 def _tell(job: Job, outcome: Outcome) -> None:

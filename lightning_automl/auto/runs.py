@@ -15,6 +15,7 @@ import yaml
 
 from lightning_automl.auto.candidates import Candidate
 from lightning_automl.auto.clock import Clock
+from lightning_automl.auto.costs import together
 from lightning_automl.auto.facts import Facts
 from lightning_automl.results.run import Run
 from lightning_automl.rundir import UserError, read_json, write_json
@@ -65,9 +66,8 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        value: Of the metric: after the last epoch on a fold, of the best epoch on the data's own validation split,
-            see :meth:`Runs.config_of`.
-            None if there is none.
+        value: Of the metric: after the last epoch on a fold, of the best epoch on the data's own validation split, see
+            :meth:`Runs.config_of`. None if there is none.
         reason: Why there is none, a sentence; :data:`BUDGET` if it was the time; else "".
         seconds: That the run took, in all its tries.
         epochs: That it was trained for.
@@ -164,11 +164,7 @@ class Runs:
 
     def wall_seconds(self, jobs: Sequence[Job]) -> float:
         """How long several will take together, those that are settled not counted: the longest first."""
-        ends = [0.0] * self.workers.number
-        for seconds in sorted((self.seconds(job) for job in jobs if not self.is_settled(job)), reverse=True):
-            first = ends.index(min(ends))
-            ends[first] += seconds
-        return max(ends)
+        return together((self.seconds(job) for job in jobs if not self.is_settled(job)), self.workers.number)
 
     def each(
         self,

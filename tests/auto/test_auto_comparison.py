@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from searched import Time
 from seen import DIGITS
 
 from lightning_automl.auto.candidates import Candidate
@@ -15,20 +16,6 @@ SIMPLE = Candidate("resnet", {}, "none", {"lr": 1}, True, "ResNet-20")
 TUNED = Candidate("resnet", {"lr": 2}, "none", {"lr": 2}, False, "ResNet-20")
 POLICY = Candidate("resnet", {}, "searched", {"lr": 1, "policy": "p"}, False, "ResNet-20")
 CELLS = Candidate("pcdarts", {}, "none", {"genotype": "g"}, False, "PC-DARTS")
-
-
-class Time:
-    """A clock that stands still."""
-
-    def __init__(self, left=1000.0):
-        self.seconds = left
-        self.cuts = {}
-
-    def left(self):
-        return self.seconds
-
-    def cut(self, stage, sentence):
-        self.cuts[stage] = sentence
 
 
 class Trained:
