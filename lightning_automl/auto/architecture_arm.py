@@ -13,7 +13,7 @@ from lightning_automl.auto.arms import batch_size_of
 from lightning_automl.auto.candidates import Candidate, candidate_of
 from lightning_automl.auto.clock import Clock
 from lightning_automl.auto.facts import Facts
-from lightning_automl.auto.shares import put_aside, seconds_for
+from lightning_automl.auto.shares import put_aside, resolved, seconds_for
 from lightning_automl.rundir import UserError, differences, read_json
 from lightning_automl.search.study import StudyFailed
 from lightning_automl.studies.configs import closed, of_fold, to_its_end
@@ -150,12 +150,11 @@ def _settled(
     place = directory / STAGE
     config = config_of(facts, epochs=epochs, metric=plan["metric"], seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
-        payload: dict[str, Any] = {"do": "check", "file": f"{scratch}/check.yaml", "configs": [config], "built": []}
-        found = workers.do("the look at the architecture search", payload, Path(scratch, "output.txt"))
-    resolved = to_its_end(closed(found["resolved"][0], directory))
-    if (place / "config.yaml").exists() and differences(_config(place), resolved):
+        whole = resolved(workers, "the look at the architecture search", config, Path(scratch, "check.yaml"))
+    whole = to_its_end(closed(whole, directory))
+    if (place / "config.yaml").exists() and differences(_config(place), whole):
         log.info("the architecture search is now another one; the former is in %s", put_aside(place))
-    return resolved
+    return whole
 
 
 def _is_done(place: Path, epochs: int) -> bool:

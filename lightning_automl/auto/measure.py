@@ -17,6 +17,7 @@ from lightning_automl.auto.costs import VALIDATION
 from lightning_automl.auto.facts import Facts
 from lightning_automl.auto.ladder import FEW_EPOCHS
 from lightning_automl.auto.recipes import enlarged
+from lightning_automl.auto.shares import resolved
 from lightning_automl.rundir import UserError, read_json, write_json, write_text
 from lightning_automl.search.study import StudyFailed
 from lightning_automl.studies.configs import closed
@@ -263,11 +264,7 @@ class _Measuring:
             epochs = default_epochs(ARMS[name], self.facts)
             config = config_of(ARMS[name], self.facts, epochs=epochs, metric=self.metric, seed=self.seed, **self.source)
         place.mkdir(parents=True)
-        file = place.with_suffix(".yaml")
-        payload: dict[str, Any] = {"do": "check", "file": str(file), "configs": [config], "built": []}
-        found = workers.do(f"the config of {name}", payload, place.with_suffix(".txt"))
-        resolved: dict[str, Any] = found["resolved"][0]
-        return resolved
+        return resolved(workers, f"the config of {name}", config, place.with_suffix(".yaml"))
 
     def _scaled(
         self, name: str, result: Mapping[str, Any], part: _Part, *, whole: float, epoch: float, place: Path
@@ -280,7 +277,7 @@ class _Measuring:
         looked = min(part.train * part.batch, train) + VALIDATION * min(part.val * part.batch, val)
         rows = (place / "metrics.csv").read_text().splitlines()
         within = float(rows[-1].split(",")[rows[0].split(",").index("seconds")])
-        work = max(0.0, within - _LOOP)
+        work = max(within - _LOOP, within / 2)  # never nothing, of however quick an epoch
         fixed = max(0.0, epoch - work)
         image = work / looked
         known = {

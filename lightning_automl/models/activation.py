@@ -89,13 +89,13 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._handles = [module.register_forward_hook(self._see_module) for module in self._network.modules()]
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own has no types
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # likewise
         for handle in self._handles:
             handle.remove()
 

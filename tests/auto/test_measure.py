@@ -112,6 +112,13 @@ def test_a_whole_epoch_that_was_measured_is_what_it_takes(stub, tmp_path):
     )
 
 
+def test_an_epoch_that_is_quicker_than_its_loop_is_still_the_images_work(stub, tmp_path):
+    workers = stub({"cnn": 1.0}, epoch=0.05, row=0.03)
+    known = measure(workers, tmp_path, BREAST, arms("cnn"), {}, budget=600, **GIVEN)["arms"]["cnn"]
+    assert known["test_image_seconds"] > 0
+    assert known["fixed_seconds"] == pytest.approx(0.05 - 0.015)
+
+
 def test_runs_are_short_and_by_a_metric_that_few_images_have(stub, tmp_path):
     workers = stub({})
     measure(workers, tmp_path, BREAST, arms("resnet"), {}, budget=600, **GIVEN)

@@ -20,10 +20,8 @@ def operating_point(record: StrategyRecord) -> Section | None:
     if evidence is None or len(evidence.class_names) != 2 or not math.isfinite(threshold):
         return None
     names = evidence.class_names
-    columns: dict[str, dict[str, tuple[int, int]]] = {}
-    for split in ("test", "val"):
-        if (found := evidence.predictions(split)) is not None:
-            columns[split] = _counts(found, threshold)
+    known = {split: found for split in ("test", "val") if (found := evidence.predictions(split)) is not None}
+    columns = {split: _counts(found, threshold) for split, found in known.items()}
     meaning = (f"of {names[1]!r}", f"of {names[0]!r}", f"when it says {names[1]!r}", f"when it says {names[0]!r}")
     rows = [
         [f"{name} (right {what})", *(_share(*counts[name]) for counts in columns.values())]
@@ -35,7 +33,7 @@ def operating_point(record: StrategyRecord) -> Section | None:
         "one with the largest sum of sensitivity and specificity on validation (Youden's J), so that the validation "
         "column flatters. The metrics above take the more probable class instead."
     )
-    if any(evidence.predictions(split).groups is not None for split in columns):  # type: ignore[union-attr]
+    if any(found.groups is not None for found in known.values()):
         text += " The intervals are too narrow where a group has several images."
     blocks: list[Any] = [Text(text), Table(head, rows)]
     sensitivity, specificity = (columns[evidence.split][name] for name in _RATES[:2])
