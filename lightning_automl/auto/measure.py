@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lightning_automl.auto.architecture_arm import config_of as search_config_of
-from lightning_automl.auto.arms import ARMS, Arm, batch_size_of, config_of, default_epochs
+from lightning_automl.auto.arms import ARMS, Arm, batch_size_of, config_of, default_epochs, in_order
 from lightning_automl.auto.costs import VALIDATION
 from lightning_automl.auto.facts import Facts
 from lightning_automl.auto.ladder import FEW_EPOCHS
@@ -227,6 +227,7 @@ class _Measuring:
                 self.found["arms"][name] = known
                 each, more = known["epoch_seconds"], known["overhead_seconds"]
                 log.info("%s: an epoch takes %.2f s, and a run %.1f s more", name, each, more)
+            self.found |= {key: _in_order(self.found[key]) for key in ("arms", "not_run")}
             write_json(self.directory / "measured.json", self.found)
 
     def _measured(self, name: str, workers: Workers) -> dict[str, float]:
@@ -292,6 +293,12 @@ class _Measuring:
 
     def _path(self, name: str) -> Path:
         return self.directory / "arms" / f"{name}.yaml"
+
+
+def _in_order(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the order in which arms are tried, whichever was measured sooner."""
+    first = in_order(name for name in known if name != SEARCH)
+    return {name: known[name] for name in (*first, *(known.keys() - set(first)))}
 
 
 def part_of(facts: Facts, arm: Arm, *, gpu: bool = False) -> _Part:

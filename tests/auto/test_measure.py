@@ -186,6 +186,16 @@ def test_a_longer_budget_measures_what_there_was_no_time_for(stub, tmp_path):
     assert long["arms"]["cnn"] == short["arms"]["cnn"]
 
 
+def test_what_is_found_has_one_order_whichever_was_measured_sooner(stub, tmp_path):
+    every = arms("finetune", "resnet", "cnn", "densenet", "head", "pcdarts")
+    workers = stub({"cnn": 5.0}, failing={"densenet": StudyFailed("no")})
+    workers.each = lambda work, items: [work(item) for item in reversed(items)]
+    found = measure(workers, tmp_path, BREAST, every, {"lora": "not there"}, budget=7200, **GIVEN)
+    assert workers.done == [SEARCH, "pcdarts", "head", "resnet", "finetune", "cnn"]
+    assert list(found["arms"]) == ["finetune", "resnet", "cnn", "head", "pcdarts"]
+    assert list(found["not_run"]) == ["lora", "densenet"]
+
+
 def test_other_workers_are_measured_anew(stub, tmp_path):
     measure(stub({}), tmp_path, BREAST, arms("cnn"), {}, budget=600, **GIVEN)
     workers = stub({}, number=2)
