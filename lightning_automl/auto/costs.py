@@ -8,7 +8,8 @@ from typing import Any, Literal
 from lightning_automl.auto.arms import ARMS, default_epochs
 from lightning_automl.auto.facts import Facts
 
-#: Where a run is trained: on search folds but one, on all folds but one, or on the data's own train split.
+#: Where a run is trained: on search folds but one; on all folds but one; on the data's own train split, or again on all
+#: folds but one where images are few.
 Kind = Literal["search", "comparison", "final"]
 
 #: Time to validate an image, in multiples of that to train with it.
@@ -91,7 +92,7 @@ class Costs:
         train, val = self.facts.number("train"), self.facts.number("val")
         pool, folds, searched = train + val, self.facts.folds, len(self.facts.search_folds)
         whole = train + VALIDATION * val
-        if kind == "final":
+        if kind == "final" and not self.facts.final_folds:
             return 1.0
         # With one search fold it is trained on the others, since nothing else is left.
         trained = searched - 1 if kind == "search" and searched > 1 else folds - 1

@@ -63,7 +63,7 @@ def evaluate(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         if is_evaluated(Path(directory), split):
             return
         run = Run.read(directory)
-        data = opened.of(run)
+        data = opened.of(run, split)
         channel.beat()
         try:
             _evaluate(run, data, split, channel)
@@ -81,7 +81,7 @@ def evaluate(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     shown = False
     if maps and not failed.keys() & set(maps["members"]):
         run = Run.read(maps["members"][0])
-        shown = _write_maps(run, opened.of(run), split, maps)
+        shown = _write_maps(run, opened.of(run, split), split, maps)
     return {"failed": failed, "averaged": averaged, "maps": shown}
 
 
@@ -92,15 +92,17 @@ class _Data:
         self._key = ""
         self._data: Any = None
 
-    def of(self, run: Run) -> Any:
-        """The data module of a run.
+    def of(self, run: Run, split: str) -> Any:
+        """The data module of a run, of which a split is wanted.
 
         Raises:
             UserError: If the data are not those of the training.
         """
         data = dict(run.config["data"])
         arguments = dict(data.get("init_args") or {})
-        data["init_args"] = arguments | {name: value for name, value in _OF_TRAINING.items() if name in arguments}
+        # The test split is the same whatever fold a run did without.
+        others = _OF_TRAINING | ({"fold": None, "without_folds": None} if split == "test" else {})
+        data["init_args"] = arguments | {name: value for name, value in others.items() if name in arguments}
         key = json.dumps([data, run.data.get("index")], sort_keys=True)
         if key != self._key:
             self._key, self._data = key, None  # the former one's images are not needed any more

@@ -6,6 +6,11 @@ from typing import Any
 
 from lightning_automl.rundir import UserError
 
+#: Validation images below which they say nothing about an epoch or a model.
+FEW = 30
+#: Folds from which on a run that does without one of them has about as many images as the train split.
+_FOLDS = 4
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -37,6 +42,7 @@ class Facts:
         modality: Name of the space of safe operations.
         space: That space, as :meth:`~lightning_automl.augment.OperationSpace.to_dict` gives it.
         flips: Whether the space allows mirroring left to right.
+        deep: Whether the images have more than 8 bits, which a window of the train split brings to 8.
         notes: What a person should read, one sentence each.
         digest: 32 hexadecimal digits that change when an image gets another name, label or place.
     """
@@ -64,6 +70,7 @@ class Facts:
     modality: str
     space: dict[str, Any]
     flips: bool
+    deep: bool
     notes: list[str]
     digest: str
 
@@ -75,6 +82,20 @@ class Facts:
     def number(self, split: str) -> int:
         """Images of a split."""
         return sum(self.counts[split])
+
+    @property
+    def few(self) -> bool:
+        """Whether the validation split is too small to say anything."""
+        return self.number("val") < FEW
+
+    @property
+    def final_folds(self) -> list[int]:
+        """Numbers of the folds that final runs do without in turn; empty where they take the data's own splits.
+
+        Of few images none is to be lost to a validation split that says nothing: each is trained on by most runs, and
+        judged by the others. Not of images of more than 8 bits, since a model has one window.
+        """
+        return list(range(self.folds)) if self.few and self.folds >= _FOLDS and not self.deep else []
 
     def to_dict(self) -> dict[str, Any]:
         """What ``look.json`` holds."""

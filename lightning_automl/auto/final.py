@@ -55,9 +55,12 @@ def finish(
     """Train the chosen candidate with several seeds, make one model of the runs and judge it on the test split.
 
     The simple candidate, if it is another one, is trained, put together and judged in the same way, for comparison.
-    Both are trained on the data's own train split and the best epoch is that of the validation split, or the last one
-    where that has few images. Seeds that do not fit into the time, and those that fail, are left out, with the reason.
-    If all of the chosen one fail, the simple one is used, which ``evaluation.json`` says in ``instead_of``.
+    Both are trained on the data's own train split and the best epoch is that of the validation split. Where that has
+    few images the last one counts, and each run does without another fold of train and validation together, so that all
+    of them are trained on and each is judged by the runs that have not seen it.
+
+    Seeds that do not fit into the time, and those that fail, are left out, with the reason. If all of the chosen one
+    fail, the simple one is used, which ``evaluation.json`` says in ``instead_of``.
 
     What is left: ``model.json``, ``data.json``, ``predictions_val.safetensors``, ``predictions_test.safetensors``,
     ``activations.safetensors`` for networks that have such maps, and ``evaluation.json``, written last. The test split
@@ -68,7 +71,7 @@ def finish(
         runs: Trains the runs; its clock counts the time of both stages.
         workers: Evaluate them.
         directory: Of the strategy.
-        facts: What was seen of the data; nothing of it is needed.
+        facts: What was seen of the data.
         plan: Says in ``final`` how many ``seeds``, and the metric.
         chosen: What is to be used.
         simple: What it is compared with, or None.
@@ -83,9 +86,9 @@ def finish(
     settings = directory / "config.yaml"
     seed = int((yaml.safe_load(settings.read_text()) if settings.exists() else {}).get("seed") or 0)
     with runs.clock.stage(STAGE):
-        trained, left_out = _train(runs, directory, plan, arms, seed)
+        trained, left_out = _train(runs, directory, facts, plan, arms, seed)
     with runs.clock.stage(EVALUATION):
-        models = _validate(workers, directory, plan, arms, trained, left_out)
+        models = _validate(workers, directory, facts, plan, arms, trained, left_out)
         fingerprint, used = _fingerprint(directory, models), models[0].candidate
         instead_of = None if used is chosen else {"key": chosen.key, "title": chosen.title}
         told = {"budget": plan["budget"], "left_out": left_out, "instead_of": instead_of}
@@ -96,9 +99,9 @@ def finish(
             return used
         for name in ("evaluation.json", "predictions_test.safetensors", "activations.safetensors"):
             (directory / name).unlink(missing_ok=True)  # of a former model
-        model = _settle(directory, models[0])
+        model = _settle(directory, facts, models[0])
         opened = _open(workers, directory, models, fingerprint)
-        record = _judge(directory, plan, models, model)
+        record = _judge(directory, plan, models, model) | {"folds": facts.final_folds}
         write_json(directory / "evaluation.json", {**record, **told, "opened": opened, "fingerprint": fingerprint})
         return used
 
@@ -107,15 +110,15 @@ def finish(
 
 
 def _train(
-    runs: Runs, directory: Path, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
+    runs: Runs, directory: Path, facts: Facts, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
 ) -> tuple[list[_Seeds], list[dict[str, Any]]]:
     """The runs of each arm that have given a network, by seed, and what was left out."""
     wanted = int(plan[STAGE]["seeds"])
-    seeds, both = _affordable(runs, directory, plan, arms, seed)
+    seeds, both = _affordable(runs, directory, facts, plan, arms, seed)
     if seeds < wanted or both < len(arms):
         only = "" if both == len(arms) else f", and {arms[1].title} was left out"
         runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained{only}, for lack of time.")
-    jobs = [Job(arm, None, seed + number) for number in range(seeds) for arm in arms[:both]]
+    jobs = _jobs(facts, arms[:both], seeds, seed)
     # The first of each arm is begun in any case; what takes longer than the time is stopped, unless it is all there is.
     own_time = _left(runs, plan) + _GRACE * float(plan["budget"])
     several = runs.each(jobs, at_least=both, within=own_time, on_run=_tell)
@@ -123,7 +126,7 @@ def _train(
         several = [*runs.each(jobs[:both], at_least=both, on_run=_tell), *several[both:]]
     if both < len(arms) and all(each.value is None for each in several):  # a simple model is better than none
         runs.clock.cut(STAGE, f"{seeds} of {wanted} final seeds were trained, for lack of time.")
-        further = [Job(arms[1], None, seed + number) for number in range(seeds)]
+        further = _jobs(facts, arms[1:], seeds, seed)
         jobs, several = jobs + further, several + runs.each(further, at_least=len(further), on_run=_tell)
     outcomes = {(job.candidate.key, job.seed): outcome for job, outcome in zip(jobs, several, strict=True)}
     found: list[_Seeds] = []
@@ -137,6 +140,13 @@ def _train(
             else:
                 left_out.append(_left_out(arm, own, BUDGET if outcome is None else outcome.reason))
     return found, left_out
+
+
+def _jobs(facts: Facts, arms: Sequence[Candidate], seeds: int, seed: int) -> list[Job]:
+    """Final runs of each arm with so many seeds, the arms in turn; where images are few, each without another fold."""
+    folds = facts.final_folds
+    own = [folds[number % len(folds)] if folds else None for number in range(seeds)]
+    return [Job(arm, fold, seed + number, final=True) for number, fold in enumerate(own) for arm in arms]
 
 
 def _left_out(candidate: Candidate, seed: int, reason: str) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def _tell(job: Job, outcome: Outcome) -> None:
 
 
 def _affordable(
-    runs: Runs, directory: Path, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
+    runs: Runs, directory: Path, facts: Facts, plan: Mapping[str, Any], arms: Sequence[Candidate], seed: int
 ) -> tuple[int, int]:
     """How many seeds of how many arms fit into the time; once decided, it stays so while the plan does.
 
@@ -170,7 +180,7 @@ def _affordable(
     left = _left(runs, plan)
 
     def fits(seeds: int, both: int) -> bool:
-        jobs = [Job(arm, None, seed + n) for n in range(seeds) for arm in arms[:both]]
+        jobs = _jobs(facts, arms[:both], seeds, seed)
         return runs.wall_seconds(jobs) <= (left if seeds <= planned else _FURTHER * left)
 
     planned = int(plan[STAGE]["seeds"])
@@ -186,6 +196,7 @@ def _affordable(
 def _validate(
     workers: Workers,
     directory: Path,
+    facts: Facts,
     plan: Mapping[str, Any],
     arms: Sequence[Candidate],
     trained: Sequence[_Seeds],
@@ -198,7 +209,7 @@ def _validate(
     averages = [
         (target, [each.place for each in seeds.values()])
         for target, seeds in zip(targets, trained, strict=True)
-        if len(seeds) > 1
+        if len(seeds) > 1 and not facts.final_folds  # no image would be new to the mean of all weights
     ]
     places = [each.place for seeds in trained for each in seeds.values()]
     answer = _evaluated(workers, directory, "val", places, averages) if places else {"failed": {}, "averaged": []}
@@ -240,7 +251,7 @@ def _evaluated(
     return workers.do(f"the evaluation on the {name} split", payload, directory / "evaluation.txt")
 
 
-def _settle(directory: Path, model: "FinalModel") -> "Ensemble":
+def _settle(directory: Path, facts: Facts, model: "FinalModel") -> "Ensemble":
     """Write ``model.json``, ``data.json`` and the validation predictions: all that is decided by validation."""
     from lightning_automl.auto.operating import choose_threshold, choose_unsure_below
     from lightning_automl.results.ensemble import Ensemble
@@ -263,7 +274,8 @@ def _settle(directory: Path, model: "FinalModel") -> "Ensemble":
         choose_threshold(validated.probabilities[:, 1], validated.labels) if two else None,
         choose_unsure_below(validated.probabilities),
     )
-    write_json(directory / "data.json", run.data)
+    # Counts are those of the data's own splits, whichever fold the first run did without.
+    write_json(directory / "data.json", run.data | {"counts": facts.counts})
     write_predictions(directory / "predictions_val.safetensors", validated)
     ensemble.write()
     log.info("%s: %s", model.candidate.title, model.why)

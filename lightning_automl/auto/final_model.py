@@ -13,7 +13,7 @@ from lightning_automl.auto.judging import score_name, scores_of
 from lightning_automl.auto.operating import choose_temperature
 from lightning_automl.auto.runs import Outcome
 from lightning_automl.metrics.scores import SCORES
-from lightning_automl.results.ensemble import Average, combine
+from lightning_automl.results.ensemble import Average, combine_predictions
 from lightning_automl.results.run import Predictions
 
 
@@ -42,12 +42,13 @@ class FinalModel:
     temperature_why: str
 
     def predictions(self, split: str, calibrated: bool = True) -> Predictions:
-        """What it gives for the images of a split, as one run would; all members were evaluated on it."""
+        """What it gives for the images of a split, as one run would; all members were evaluated on it.
+
+        Where each did without another fold, ``val`` are the images of these folds, each by the members that have not
+        seen it.
+        """
         members = [read_evaluated(place, split) for place in self.members]
-        scores = combine([each.probabilities for each in members], self.temperature if calibrated else 1.0)
-        first = members[0]
-        origin = {key: value for key, value in first.origin.items() if key != "weights"}
-        return Predictions(scores, first.labels, first.rows, first.groups, origin)
+        return combine_predictions(members, self.temperature if calibrated else 1.0)
 
     def record(self, directory: Path) -> dict[str, Any]:
         """Its entry in ``evaluation.json``: scores of each run as it is, and of the calibrated whole."""
@@ -87,19 +88,19 @@ def put_together(
     score = SCORES[score_name(metric)]
     places = [each.place for each in seeds.values()]
     single = [read_evaluated(place, "val") for place in places]
-    labels = single[0].labels
-    of_each = [score(each.probabilities, labels) for each in single]
+    of_each = [score(each.probabilities, each.labels) for each in single]
     values: dict[str, float | None] = {
         "predictions": None,
         "weights": None,
         "single": math.fsum(of_each) / len(of_each),
     }
     if len(single) > 1:
-        values["predictions"] = score(combine([each.probabilities for each in single]), labels)
+        together = combine_predictions(single)
+        values["predictions"] = score(together.probabilities, together.labels)
         if averaged is not None:
-            values["weights"] = score(read_evaluated(averaged, "val").probabilities, labels)
+            values["weights"] = score(read_evaluated(averaged, "val").probabilities, together.labels)
     average, why = choose_average(values, direction, metric)
     members = [averaged] if average == "weights" and averaged is not None else places
-    scores = combine([read_evaluated(place, "val").probabilities for place in members])
-    temperature, temperature_why = choose_temperature(scores, labels)
+    validated = combine_predictions([read_evaluated(place, "val") for place in members])
+    temperature, temperature_why = choose_temperature(validated.probabilities, validated.labels)
     return FinalModel(candidate, seeds, average, members, values, why, temperature, temperature_why)

@@ -113,13 +113,12 @@ def look(
         modality=space.name,
         space=space.to_dict(),
         flips=space.allows("horizontal_flip"),
+        deep=module.window is not None,
         notes=[],
         digest=index_digest(contents.names, contents.labels.tolist()),
     )
     tested = _units(module, ("test",))
-    facts.notes.extend(
-        notes_of(facts, tested.tolist(), compared=near is not None, deep=module.window is not None, ignored=ignored)
-    )
+    facts.notes.extend(notes_of(facts, tested.tolist(), compared=near is not None, ignored=ignored))
     return facts
 
 

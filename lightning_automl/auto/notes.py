@@ -14,21 +14,18 @@ IMBALANCED = 2.0
 _SHOWN = 3
 
 
-def notes_of(
-    facts: Facts, tested: Sequence[int], *, compared: bool = True, deep: bool = False, ignored: Sequence[str] = ()
-) -> list[str]:
+def notes_of(facts: Facts, tested: Sequence[int], *, compared: bool = True, ignored: Sequence[str] = ()) -> list[str]:
     """The sentences of ``facts.notes``.
 
     Args:
         facts: All else.
         tested: Images, or groups, ``(classes,)`` of each class of the test split.
         compared: Whether nearly equal images were looked for.
-        deep: Whether images had more than 8 bits.
         ignored: Arguments of a data module that are not followed.
     """
     sentences = [_splits(facts), _broken(facts), _groups(facts), _few(facts), _imbalance(facts), _tested(facts, tested)]
     sentences += [_exact(facts), _near(facts, compared)]
-    if deep:
+    if facts.deep:
         sentences.append(
             "The images have more than 8 bits; they are windowed to 8 by the 0.5 and 99.5 percentile of the train "
             "split."

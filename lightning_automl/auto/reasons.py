@@ -140,6 +140,7 @@ def sentences(facts: Facts, plan: Mapping[str, Any], costs: Costs) -> list[str]:
     told.append(
         f"Final: {_counted(plan['final']['seeds'], 'seed')} of the chosen candidate, about {spoken(seconds['final'])}"
         f"{', those of the simple arm with them if it is another' if plan['comparison'] else ''}"
+        f"{', each without another fold, as there are few images for validation' if facts.final_folds else ''}"
         f"{_up_to(plan['final'])}."
     )
     return [*told, *(f"Not run: {each['title']}, since {each['why']}." for each in plan["not_run"])]

@@ -28,9 +28,6 @@ log = logging.getLogger("lightning_automl")
 #: Reason of a run that was not started, or not ended, since the time is short.
 BUDGET = "budget"
 
-#: Validation images below which the best epoch on them says nothing.
-FEW = 30
-
 _FAILURE = "failure.json"
 
 
@@ -42,17 +39,25 @@ class Job:
         candidate: What is trained.
         fold: Number of the fold that it is validated on, and not trained on; None for the data's own splits.
         seed: Of the run.
+        final: Whether its network is wanted, and not only its value; always so on the data's own splits.
     """
 
     candidate: Candidate
     fold: int | None
     seed: int
+    final: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its network is wanted."""
+        return self.final or self.fold is None
 
     @property
     def name(self) -> str:
         """Of its directory within the candidate's."""
-        part = "final" if self.fold is None else f"fold-{self.fold}"
-        return f"{part}-seed-{self.seed}"
+        parts = ["final"] if self.is_final else []
+        parts += [] if self.fold is None else [f"fold-{self.fold}"]
+        return "-".join([*parts, f"seed-{self.seed}"])
 
     @property
     def title(self) -> str:
@@ -90,7 +95,7 @@ class Runs:
     Args:
         workers: Do the work.
         directory: Of the strategy; runs are in ``runs/KEY/fold-F-seed-S``, those of search folds that are trained
-            on all other folds in ``fold-F-all-seed-S``, and ``runs/KEY/final-seed-S``.
+            on all other folds in ``fold-F-all-seed-S``, and final ones in ``final-seed-S`` or ``final-fold-F-seed-S``.
         facts: What is known of the data.
         plan: Which folds, which metric, and how long a run of an arm may take.
         clock: Tells how much time is left.
@@ -107,7 +112,7 @@ class Runs:
         # Folds that choices do not see: of two folds nothing would be left to train on.
         kept = plan["comparison"] is not None and len(self._searched) > 1
         self._apart: list[int] = plan["comparison_folds"] if kept else []
-        self._few = facts.number("val") < FEW
+        self._few = facts.few
         self._planned = _planned(plan)
         self._learned: dict[tuple[str, str], dict[Path, float]] = defaultdict(dict)
         self._lock = threading.Lock()
@@ -117,7 +122,8 @@ class Runs:
     def place(self, job: Job) -> Path:
         """The directory of a run."""
         # Of the same fold there may be both, when a longer budget adds a comparison.
-        own = job.name.replace("-seed-", "-all-seed-") if job.fold in self._searched and not self._apart else job.name
+        both = self._kind(job) == "search" and not self._apart
+        own = job.name.replace("-seed-", "-all-seed-") if both else job.name
         return self.directory / "runs" / job.candidate.key / own
 
     def is_finished(self, job: Job) -> bool:
@@ -141,10 +147,11 @@ class Runs:
         run the best epoch on the validation split counts, and the last one where that has fewer than 30 images.
         """
         config = closed(job.candidate.config, self.directory) | {"seed_everything": job.seed}
+        if job.is_final and self._few:  # of a handful of images the best epoch is one of luck
+            config |= {"monitor": "epoch", "mode": "max"}
         if job.fold is None:
-            # Of a handful of images the best epoch is one of luck.
-            return config | ({"monitor": "epoch", "mode": "max"} if self._few else {})
-        without = self._apart if job.fold in self._searched else ()
+            return config
+        without = self._apart if self._kind(job) == "search" else ()
         return to_its_end(of_fold(config, job.fold, self.folds, without))
 
     def seconds(self, job: Job) -> float:
@@ -234,7 +241,7 @@ class Runs:
         value = self._value(job)
         seconds, epochs = self._cost(job)
         self._learn(job, seconds)
-        if job.fold is not None:  # its value is all that is wanted; the networks of many would fill the disk
+        if not job.is_final:  # its value is all that is wanted; the networks of many would fill the disk
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
         reason = "" if math.isfinite(value) else f"it has diverged: {self.metric} is {value}"
         return Outcome(None if reason else value, reason, seconds, epochs, place)
@@ -276,7 +283,7 @@ class Runs:
 
     def _kind(self, job: Job) -> str:
         """Runs of a kind train on about as many images."""
-        if job.fold is None:
+        if job.is_final:
             return "final"
         return "search" if job.fold in self._searched else "comparison"
 

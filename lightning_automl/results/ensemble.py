@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from lightning_automl.results.run import Predictions
 from lightning_automl.rundir import UserError, read_json, write_json
 
 Average = Literal["predictions", "weights", "single"]
@@ -40,6 +41,37 @@ def combine(members: Sequence[NDArray[Any]] | NDArray[Any], temperature: float =
     logits = np.log(np.maximum(mean, SMALLEST)) / temperature
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
+def combine_predictions(members: Sequence[Predictions], temperature: float = 1.0) -> Predictions:
+    """The average of what several runs give, for each image of those that give something for it.
+
+    Args:
+        members: Of each run. Of two runs all images are the same, or none is, and likewise the groups; without rows
+            they are taken for the same.
+        temperature: See :func:`combine`.
+
+    Returns:
+        The images in the order of the first member if all have the same, else by their rows.
+    """
+    of_images: dict[bytes, list[Predictions]] = {}
+    for each in members:
+        of_images.setdefault(b"" if each.rows is None else each.rows.tobytes(), []).append(each)
+    parts = [(own[0], combine([each.probabilities for each in own], temperature)) for own in of_images.values()]
+    origin = {key: value for key, value in members[0].origin.items() if key != "weights"}
+    first, scores = parts[0]
+    if len(parts) == 1:
+        return Predictions(scores, first.labels, first.rows, first.groups, origin)
+    rows = np.concatenate([each.rows for each, _ in parts if each.rows is not None])
+    order = np.argsort(rows)
+    groups = None
+    if first.groups is not None:  # numbered anew in each part
+        own = [each.groups for each, _ in parts if each.groups is not None]
+        starts = np.cumsum([0, *(each.max() + 1 for each in own[:-1])])
+        groups = np.concatenate([each + start for each, start in zip(own, starts, strict=True)])[order]
+    labels = np.concatenate([each.labels for each, _ in parts])[order]
+    origin.pop("split", None)  # of the first part
+    return Predictions(np.concatenate([each for _, each in parts])[order], labels, rows[order], groups, origin)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
-from lightning_automl.results.ensemble import combine, is_of_auto
+from lightning_automl.results.ensemble import combine_predictions, is_of_auto
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.policy_search import ARMS as POLICIES
 from lightning_automl.results.run import Predictions, Run, read_predictions
@@ -178,7 +178,7 @@ class ModelRecord:
         members = [each for each in found if each is not None]
         if not members or len(members) != len(found):
             return None
-        return replace(members[0], probabilities=combine([each.probabilities for each in members], self.temperature))
+        return combine_predictions(members, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def seen(
         modality=modality,
         space=space.to_dict(),
         flips=space.allows("horizontal_flip"),
+        deep=False,
         notes=[],
         digest="0" * 32,
     )

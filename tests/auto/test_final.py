@@ -18,10 +18,10 @@ from lightning_automl.auto.final import finish
 from lightning_automl.auto.judging import compare_models
 from lightning_automl.auto.runs import BUDGET, Outcome, Runs
 from lightning_automl.metrics.scores import negative_log_likelihood
-from lightning_automl.results.ensemble import Ensemble
+from lightning_automl.results.ensemble import Ensemble, combine_predictions
 from lightning_automl.results.evidence import Evidence
 from lightning_automl.results.predictor import Predictor
-from lightning_automl.results.run import Run, read_predictions
+from lightning_automl.results.run import Predictions, Run, read_predictions
 from lightning_automl.rundir import read_json
 from lightning_automl.search.study import StudyFailed
 
@@ -42,11 +42,11 @@ def plan_of(seeds, **others):
 class Finished:
     """A strategy whose last stages are done, and can be done again with another plan."""
 
-    def __init__(self, directory, server):
+    def __init__(self, directory, server, val):
         self.directory = directory / "strategy"
         self.directory.mkdir()
         (self.directory / "config.yaml").write_text(yaml.safe_dump({"auto": "images", "seed": 3}))
-        self.arrays = draw_images(directory / "images.npz")
+        self.arrays = draw_images(directory / "images.npz", val)
         self.notes = directory / "notes"
         data = {
             "class_path": "spied_data.SpiedDataModule",
@@ -55,7 +55,7 @@ class Finished:
                 "watched": [str(self.directory / "model.json")],
             },
         }
-        self.facts = seen((15, 15), (12, 12), (8, 8), data=data)
+        self.facts = seen((15, 15), (val // 2, val // 2), (8, 8), data=data)
         self.chosen = leader_of(self.facts)
         config = json.loads(json.dumps(self.chosen.config))
         config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.0001
@@ -81,7 +81,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, _server):
     """Make a strategy in a directory of its own."""
-    return lambda: Finished(tmp_path_factory.mktemp("final"), _server)
+    return lambda val=32: Finished(tmp_path_factory.mktemp("final"), _server, val)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,19 @@ def finished(start):
     return whole
 
 
-def draw_images(path):
-    """Two classes that are hard to tell apart: 30, 24 and 16 images."""
+@pytest.fixture(scope="module")
+def few(start):
+    """Six seeds of a candidate, where validation has few images; never changed."""
+    whole = start(24)
+    whole.record = whole(6, simple=False)
+    return whole
+
+
+def draw_images(path, val):
+    """Two classes that are hard to tell apart: 30, some and 16 images."""
     generator = np.random.default_rng(0)
     arrays = {}
-    for split, count in zip(("train", "val", "test"), (30, 24, 16), strict=True):
+    for split, count in zip(("train", "val", "test"), (30, val, 16), strict=True):
         labels = np.arange(count) % 2
         images = generator.integers(0, 200, (count, 8, 8, 1)) + labels[:, None, None, None] * 30
         arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": labels}
@@ -150,7 +158,7 @@ def test_what_validation_has_chosen_is_what_the_model_is(finished):
     assert set(record["at_threshold"]["val"]) == {"accuracy", "recall", "precision", "specificity", "balanced_accuracy"}
     val = read_predictions(finished.directory / "predictions_val.safetensors")
     assert record["unsure"]["val"]["share"] == pytest.approx((val.probabilities.max(1) < ensemble.unsure_below).mean())
-    assert (val.probabilities.max(1) < ensemble.unsure_below).sum() <= 2  # a tenth of 24
+    assert (val.probabilities.max(1) < ensemble.unsure_below).sum() <= 3  # a tenth of 32
     assert record["unsure"]["below"] == ensemble.unsure_below
 
 
@@ -175,9 +183,61 @@ def test_maps_are_kept_of_images_of_the_test_split(finished):
     found = load_file(finished.directory / "activations.safetensors")
     assert found["maps"].shape == (12, 8, 8)
     arrays = np.load(finished.arrays)
-    rows = found["rows"] - 30 - 24  # of the index, which has the splits one after the other
+    rows = found["rows"] - 30 - 32  # of the index, which has the splits one after the other
     assert (arrays["test_labels"][rows] == found["labels"]).all()
     assert (finished.images("test")[rows] == found["images"]).all()
+
+
+def test_of_few_images_each_final_run_does_without_another_fold(few):
+    places = [few.directory / each["directory"] for each in few.record["models"]["chosen"]["seeds"]]
+    assert [place.name for place in places] == [f"final-fold-{n % 5}-seed-{3 + n}" for n in range(6)]
+    own = [yaml.safe_load((place / "config.yaml").read_text()) for place in places]
+    assert [each["data"]["init_args"]["fold"] for each in own] == [0, 1, 2, 3, 4, 0]
+    assert {(each["monitor"], each["data"]["init_args"]["without_folds"]) for each in own} == {("epoch", None)}
+    assert few.record["folds"] == [0, 1, 2, 3, 4]
+    assert (few.record["averaging"]["kind"], few.record["averaging"]["values"]["weights"]) == ("predictions", None)
+    counts = [read_json(place / "data.json")["counts"] for place in places]
+    assert {sum(each["train"]) + sum(each["val"]) for each in counts} == {54}
+    assert read_json(few.directory / "data.json")["counts"] == few.facts.counts
+
+
+def test_validation_of_few_images_is_of_all_that_a_run_has_not_seen(few):
+    found = read_predictions(few.directory / "predictions_val.safetensors")
+    arrays = np.load(few.arrays)
+    assert found.rows.tolist() == list(range(54))
+    assert found.labels.tolist() == [*arrays["train_labels"], *arrays["val_labels"]]
+    members = [read_predictions(place / "evaluated_val.safetensors") for place in Ensemble.read(few.directory).places]
+    for row in range(54):
+        raw = np.mean([each.probabilities[each.rows == row][0] for each in members if row in each.rows], 0)
+        powers = raw ** (1 / few.record["temperature"])
+        np.testing.assert_allclose(found.probabilities[row], powers / powers.sum(), atol=1e-6)
+    assert sum(len(each.rows) for each in members) == 54 + len(members[0].rows)  # the first fold twice
+
+
+def test_the_model_of_few_images_gives_what_was_evaluated(few):
+    found = read_predictions(few.directory / "predictions_test.safetensors")
+    given = Predictor(few.directory, "cpu").arrays(few.images("test"))
+    np.testing.assert_allclose(given, found.probabilities, atol=1e-5)
+    run = Run.read(few.directory / few.record["models"]["chosen"]["seeds"][0]["directory"])
+    evidence = Evidence(replace(run, directory=few.directory, data=read_json(few.directory / "data.json")))
+    assert (evidence.doubts, evidence.split, len(evidence.predictions("val").labels)) == ([], "test", 54)
+
+
+def test_an_average_is_of_those_that_give_something_for_an_image():
+    def of(rows, first, groups=None):
+        first = np.array(first)
+        labels = np.array(rows) % 2
+        own = None if groups is None else np.array(groups)
+        return Predictions(np.stack([first, 1 - first], 1), labels, np.array(rows), own, {"split": "a", "epoch": "1"})
+
+    found = combine_predictions([of([5, 1], [0.2, 0.6], [1, 0]), of([2], [0.5], [0]), of([5, 1], [0.4, 0.8], [1, 0])])
+    assert found.rows.tolist() == [1, 2, 5]
+    np.testing.assert_allclose(found.probabilities[:, 0], [0.7, 0.5, 0.3])
+    assert (found.labels.tolist(), found.groups.tolist()) == ([1, 0, 1], [0, 2, 1])
+    assert found.origin == {"epoch": "1"}
+    same = combine_predictions([of([5, 1], [0.2, 0.6]), of([5, 1], [0.4, 0.8])])
+    assert (same.rows.tolist(), same.origin["split"]) == ([5, 1], "a")
+    np.testing.assert_allclose(same.probabilities[:, 0], [0.3, 0.7])
 
 
 def test_again_nothing_is_trained_evaluated_or_opened(finished):
@@ -302,22 +362,22 @@ def arms():
 )
 def test_as_many_whole_seeds_as_fit_are_trained_and_always_one(tmp_path, arms, left, seeds, kinds):
     runs = _Scripted(tmp_path, left)
-    found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+    found, left_out = train(runs, tmp_path, seen(), plan_of(3), arms, 0)
     assert [sorted(each) for each in found] == [list(range(seeds)), list(range(seeds)) if kinds == 2 else []]
     assert len(left_out) == 6 - seeds * kinds
     assert {each["reason"] for each in left_out} <= {"there was no time left for it"}
     assert bool(runs.clock.cuts) == bool(left_out)
     later = _Scripted(tmp_path, 1000)  # what was decided stays so while the plan does
-    train(later, tmp_path, plan_of(3), arms, 0)
+    train(later, tmp_path, seen(), plan_of(3), arms, 0)
     assert later.asked == runs.asked
-    train(later, tmp_path, plan_of(3, budget=601.0), arms, 0)
+    train(later, tmp_path, seen(), plan_of(3, budget=601.0), arms, 0)
     assert len(later.asked) == 6
 
 
 @pytest.mark.parametrize(("left", "seeds"), [(100, 7), (130, 10), (1000, 10), (41, 3), (39, 2)])
 def test_what_is_left_over_goes_into_more_seeds_than_planned(tmp_path, arms, left, seeds):
     runs = _Scripted(tmp_path, left)
-    found, left_out = train(runs, tmp_path, plan_of(3, final={"seeds": 3, "most": 10}), arms, 0)
+    found, left_out = train(runs, tmp_path, seen(), plan_of(3, final={"seeds": 3, "most": 10}), arms, 0)
     assert [len(each) for each in found] == [seeds, seeds]
     assert len(left_out) == 2 * max(0, 3 - seeds)
 
@@ -326,7 +386,7 @@ def test_a_seed_that_fails_is_left_out_with_its_reason(tmp_path, arms):
     failed = Outcome(None, "it has diverged: val_auroc is nan", 5.0, 3, tmp_path)
     late = Outcome(None, BUDGET, 0.0, 0, tmp_path)
     runs = _Scripted(tmp_path, 100, {(arms[0].key, 1): failed, (arms[1].key, 2): late})
-    found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+    found, left_out = train(runs, tmp_path, seen(), plan_of(3), arms, 0)
     assert [sorted(each) for each in found] == [[0, 2], [0, 1]]
     assert [(each["seed"], each["reason"]) for each in left_out] == [
         (1, "it has diverged: val_auroc is nan"),
@@ -338,7 +398,7 @@ def test_a_simple_candidate_without_time_is_trained_if_it_is_all_that_is_left(tm
     failed = Outcome(None, "the network broke", 5.0, 3, tmp_path)
     for _ in range(2):
         runs = _Scripted(tmp_path, 19, {(arms[0].key, 0): failed})
-        found, left_out = train(runs, tmp_path, plan_of(3), arms, 0)
+        found, left_out = train(runs, tmp_path, seen(), plan_of(3), arms, 0)
         assert [sorted(each) for each in found] == [[], [0]]
         assert runs.clock.cuts == {"final": "1 of 3 final seeds were trained, for lack of time."}
         assert {each["reason"] for each in left_out} == {"the network broke", "there was no time left for it"}

@@ -294,6 +294,30 @@ def test_the_seconds_of_runs_and_stages_by_hand():
     assert costs.final(tuned) == pytest.approx(3 * 38)  # of both
 
 
+def test_of_few_images_a_final_run_takes_as_long_as_one_without_a_fold():
+    # 40 train and 20 validation images, a third as long each: 46.7. Without one of five folds 48 and 12: 52.
+    facts = seen((20, 20), (10, 10), (10, 10), folds=5)
+    costs = Costs(facts, measured(cnn=known(46.7, 0.0, 0.0)), workers=1)
+    assert costs.run("cnn", 1) == costs.run("cnn", 1, "comparison") == pytest.approx(52, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("val", "folds", "deep", "few", "held_out"),
+    [
+        ((15, 14), 5, False, True, [0, 1, 2, 3, 4]),
+        ((15, 14), 4, False, True, [0, 1, 2, 3]),
+        ((15, 14), 3, False, True, []),
+        ((15, 14), 5, True, True, []),
+        ((15, 15), 5, False, False, []),
+    ],
+)
+def test_final_runs_do_without_folds_in_turn_where_validation_is_small(val, folds, deep, few, held_out):
+    facts = seen((40, 40), val, (10, 10), folds=folds, deep=deep)
+    assert (facts.few, facts.final_folds) == (few, held_out)
+    plan = make_plan(facts, measured(cnn=0.2), budget=120, spent=5, workers=2, metric="val_auroc")
+    assert any("each without another fold" in each for each in plan["sentences"]) == bool(held_out)
+
+
 def test_with_one_fold_to_search_on_the_other_is_trained_on():
     facts = seen((100, 100), (0, 0), (10, 10), folds=2)
     costs = Costs(facts, measured(cnn=known(2.0, 0.0, 0.0)), workers=1)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from policy_searches import write_search
 from safetensors.numpy import load_file, save_file
 from strategies import SEARCHED, SIMPLE, STAGES, TITLES, candidate, comparison, write_strategy
@@ -369,6 +370,16 @@ def test_every_seed_of_the_models_is_shown(finished):
     assert rows[3][1] == f"{float(rows[2][1]) - 0.01:.4f}"
 
 
+def test_runs_that_did_without_a_fold_each_are_said_to_have(finished):
+    own = page_of(finished, "models").sections["Chosen model (test)"]
+    assert "on validation (" in own
+    assert "another fold" not in own
+    change(finished, "evaluation", folds=[0, 1, 2, 3, 4])
+    own = page_of(finished, "models").sections["Chosen model (test)"]
+    assert "each training did without another fold of train and validation" in own
+    assert "chosen by" not in own
+
+
 def test_the_simple_model_beside_it_has_intervals_from_what_its_runs_have_kept(finished):
     found = load_file(finished / "predictions_test.safetensors")
     places = [f"runs/simple/final-seed-{seed}" for seed in range(2)]
@@ -492,6 +503,14 @@ def test_activations_are_shown_beside_their_images_and_left_out_where_there_are_
     )
     (finished / "activations.safetensors").unlink()
     assert "Where the network looks" not in page_of(finished, "activations").sections
+
+
+def test_which_epoch_of_a_final_training_is_kept_is_said(finished):
+    own = page_of(finished, "curves").sections["Learning curves"]
+    assert "Of each the epoch with the best validation AUROC is kept." in own
+    for path in finished.glob("runs/*/final-seed-*/config.yaml"):
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"monitor": "epoch"}))
+    assert "Of each the last epoch is kept" in page_of(finished, "curves").sections["Learning curves"]
 
 
 def test_the_policy_is_shown_on_images_and_its_lack_is_told(finished):

@@ -75,9 +75,14 @@ def _averaging(record: StrategyRecord) -> str:
     used = "the best one" if kind == "single" else _AVERAGES.get(kind, kind)
     text = f"Of {counted(count, 'training')} {used} is used"
     name = metric_name(record.metric)
-    text += f", chosen by the {name} on validation ({tried})" if tried else ""
-    why = "" if tried else str(found.get("why") or "").strip().removesuffix(".")
-    text += f": {why}." if why else "."
+    if record.evaluation.get("folds"):
+        text += ". Since validation has few images, each training did without another fold of train and validation, "
+        text += f"and values of validation are of the images that it has not seen ({name} of {tried})."
+    elif tried:
+        text += f", chosen by the {name} on validation ({tried})."
+    else:
+        why = str(found.get("why") or "").strip().removesuffix(".")
+        text += f": {why}." if why else "."
     return f"{text} Single seeds are shown as they are, without the temperature."
 
 

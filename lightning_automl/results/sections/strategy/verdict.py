@@ -137,7 +137,7 @@ def _steps(record: StrategyRecord) -> list[str]:
     steps.append(f"{len(record.candidates)} of {wanted} candidates are judged, {complete} of them on all folds")
     if record.comparison:
         steps.append("what was searched is compared with the simple arm")
-    finals = len(list(record.directory.glob("runs/*/final-seed-*/summary.json")))
+    finals = len(list(record.directory.glob("runs/*/final-*/summary.json")))
     if finals:
         steps.append(f"{counted(finals, 'final training')} {'is' if finals == 1 else 'are'} done, and none is tested")
     return steps
