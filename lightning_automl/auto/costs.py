@@ -124,13 +124,15 @@ class Costs:
             return 0.0  # there is nothing to choose
         seconds, going = 0.0, len(each)
         folds = self.folds(programme)
-        for _ in folds:
+        for step in range(1, len(folds) + 1):
             seconds += together(each[:going], self.workers)
-            going = min(going, max(LEAST, math.ceil(going / REDUCTION)))
+            if step >= self.facts.patience:
+                going = min(going, max(LEAST, math.ceil(going / REDUCTION)))
         mean = sum(each) / len(each)
         for size in programme.tuned:
             for step in range(len(folds)):
-                seconds += together([mean] * math.ceil(size / REDUCTION**step), self.workers)
+                cuts = max(0, step + 1 - self.facts.patience)
+                seconds += together([mean] * math.ceil(size / REDUCTION**cuts), self.workers)
         return seconds
 
     def policy_search(self, programme: Programme) -> float:

@@ -1,12 +1,13 @@
 """What was seen of the data before anything is trained."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lightning_automl.rundir import UserError
 
-#: Validation images below which they say nothing about an epoch or a model.
+#: Images below which a score of them says nothing about an epoch or a model.
 FEW = 30
 #: Folds from which on a run that does without one of them has about as many images as the train split.
 _FOLDS = 4
@@ -87,6 +88,11 @@ class Facts:
     def few(self) -> bool:
         """Whether the validation split is too small to say anything."""
         return self.number("val") < FEW
+
+    @property
+    def patience(self) -> int:
+        """On how many folds a candidate is judged before others may be said to be better: so many as hold 30 images."""
+        return min(self.folds, math.ceil(FEW * self.folds / (self.number("train") + self.number("val"))))
 
     @property
     def final_folds(self) -> list[int]:

@@ -126,6 +126,7 @@ def _record(
         "not_run": not_run(measured, ladder, programme, time),
         "generations": [len(programme.defaults), *programme.tuned],
         "reduction": REDUCTION,
+        "patience": facts.patience,
         "policy_search": None,
         "architecture_search": None,
         "comparison": {"seeds": programme.compared} if programme.compared else None,

@@ -177,7 +177,10 @@ def _of_selection(plan: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     if first == 1 and not tuned:
         return "Selection: there is time for one candidate, so nothing is chosen."
     more = f", then {sum(tuned)} with tuned values in {_counted(len(tuned), 'generation')}" if tuned else ""
-    stopped = "the worse two thirds stop after each" if first > LEAST or tuned else "none is stopped early"
+    stopped = "none is stopped early"
+    if (first > LEAST or tuned) and plan["patience"] < len(plan["search_folds"]):
+        after = "each" if plan["patience"] == 1 else f"{plan['patience']} folds and after each later one"
+        stopped = f"the worse two thirds stop after {after}"
     return (
         f"Selection: {_counted(first, 'candidate')} with default values{more}; fold by fold, {stopped}, about "
         f"{spoken(seconds['selection'])}."

@@ -83,6 +83,7 @@ def select(
             direction=plan["direction"],
             seed=seed,
             reduction=plan["reduction"],
+            patience=plan["patience"],
             on_rung=rungs.keep,
         )
         if not whole:

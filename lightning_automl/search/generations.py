@@ -86,13 +86,14 @@ def search(
     direction: str,
     seed: int,
     reduction: int = 3,
+    patience: int = 1,
     on_rung: Callable[[Sequence[Scored]], None] = lambda scored: None,
 ) -> tuple[list[Scored], bool]:
     """Score the defaults and then generations of what a sampler proposes, the worse ones on few steps only.
 
     Of the defaults the best of ``reduction`` go on to the next step, two at least. One of a later generation goes on
     when it is among the best of ``reduction`` of all that were ever scored on its steps. They are compared by their
-    means; of equal ones the earlier is better.
+    means; of equal ones the earlier is better. Before ``patience`` steps all go on.
 
     Args:
         space: Of the values.
@@ -103,13 +104,16 @@ def search(
         direction: ``maximize`` or ``minimize``.
         seed: Of the sampler, together with the generation's number.
         reduction: Of how many one goes on, at least 2.
+        patience: Steps that say enough to drop a candidate, at least 1: of few images one fold is luck.
         on_rung: Called with all candidates so far when a rung is decided.
 
     Returns:
         The candidates by number, and whether all were scored that should be. More sizes only add to them.
     """
-    if steps < 1 or reduction < 2 or not defaults:
-        raise ValueError(f"{len(defaults)} defaults, {steps} steps and reduction {reduction} make no search")
+    if min(steps, patience) < 1 or reduction < 2 or not defaults:
+        raise ValueError(
+            f"{len(defaults)} defaults, {steps} steps, reduction {reduction} and patience {patience} make no search"
+        )
     scored: list[Scored] = []
     for generation, size in enumerate((len(defaults), *sizes)):
         if generation:
@@ -118,7 +122,8 @@ def search(
             values = [dict(each) for each in defaults]
         new = [Scored(len(scored) + index, generation, each) for index, each in enumerate(values)]
         scored += new
-        for _ in _climb(new, scored, steps, evaluate, 1 if direction == "minimize" else -1, reduction):
+        sign = 1 if direction == "minimize" else -1
+        for _ in _climb(new, scored, steps, evaluate, sign, reduction, patience):
             on_rung(scored)
         if any(each.state == "PRUNED" and not each.dropped for each in new):
             return scored, False
@@ -126,7 +131,13 @@ def search(
 
 
 def _climb(
-    new: list[Scored], scored: list[Scored], steps: int, evaluate: Evaluate, sign: int, reduction: int
+    new: list[Scored],
+    scored: list[Scored],
+    steps: int,
+    evaluate: Evaluate,
+    sign: int,
+    reduction: int,
+    patience: int,
 ) -> Iterator[int]:
     """Score a generation step by step, as far as there is time; each step when it is decided."""
     going = new
@@ -143,6 +154,8 @@ def _climb(
             for each in going:
                 each.state = "PRUNED"
             going = []
+        elif step + 1 < patience and step + 1 < steps:
+            pass
         elif step + 1 < steps:
             best = _best(scored, step + 1, sign, reduction)
             for each in going:

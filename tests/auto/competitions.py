@@ -61,6 +61,7 @@ def plan_of(*names, facts, generations=(4,), **keys):
         "arms": [planned(name) for name in names],
         "generations": list(generations),
         "reduction": 3,
+        "patience": 1,
         "stages": stages,
         **keys,
     }

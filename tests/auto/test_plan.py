@@ -215,7 +215,7 @@ def test_sentences_promise_no_comparison_and_no_choice_where_there_is_none(secon
     told = " ".join(plan["sentences"])
     assert ("kept for the comparison" in told) == (plan["comparison"] is not None)
     assert ("nothing is chosen. The test split" in told) == (plan["comparison"] is None and plan["generations"] == [1])
-    assert ("the worse two thirds stop" in told) == (sum(plan["generations"]) > 2)
+    assert ("the worse two thirds stop after each" in told) == (sum(plan["generations"]) > 2)
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("val_auroc", "maximize"), ("val_loss", "minimize")])
@@ -299,6 +299,30 @@ def test_of_few_images_a_final_run_takes_as_long_as_one_without_a_fold():
     facts = seen((20, 20), (10, 10), (10, 10), folds=5)
     costs = Costs(facts, measured(cnn=known(46.7, 0.0, 0.0)), workers=1)
     assert costs.run("cnn", 1) == costs.run("cnn", 1, "comparison") == pytest.approx(52, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "folds", "patience"),
+    [(12, 3, 5, 5), (40, 10, 5, 2), (60, 15, 5, 1), (59, 15, 5, 2), (48, 12, 4, 1), (4, 2, 2, 2)],
+)
+def test_candidates_are_dropped_only_after_thirty_images(train, val, folds, patience):
+    facts = seen((train, train), (val, val), (10, 10), folds=folds)
+    assert facts.patience == patience
+    costs = Costs(facts, measured(cnn=known(1.0, 0.0, 0.0)), workers=1)
+    run = costs.run("cnn", 1, "comparison")
+    many = Programme({"cnn": 1}, (("cnn", "none"),) * 9, folds=folds)
+    counts = [9 if step <= patience else (3 if step == patience + 1 else 2) for step in range(1, folds + 1)]
+    assert costs.selection(many) == pytest.approx(sum(counts) * run)
+
+
+def test_that_candidates_are_dropped_later_is_said_and_planned_for():
+    facts = seen((40, 40), (10, 10), (20, 20), size=28)
+    plan = make_plan(facts, MEASURED["20 images"][1], budget=300, spent=5, workers=2, metric="val_auroc")
+    assert plan["patience"] == 2
+    assert "the worse two thirds stop after 2 folds and after each later one" in " ".join(plan["sentences"])
+    facts = seen((8, 8), (2, 2), (20, 20), size=28)
+    plan = make_plan(facts, MEASURED["20 images"][1], budget=300, spent=5, workers=2, metric="val_auroc")
+    assert "none is stopped early" in " ".join(plan["sentences"])
 
 
 @pytest.mark.parametrize(

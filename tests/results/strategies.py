@@ -191,6 +191,7 @@ def _plan(metric, seeds):
         "not_run": not_run,
         "generations": [4, 2],
         "reduction": 3,
+        "patience": 1,
         "policy_search": None,
         "architecture_search": None,
         "comparison": {"seeds": 2},

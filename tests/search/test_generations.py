@@ -85,6 +85,21 @@ def test_the_reduction_can_be_another():
     assert [len(rung) for rung in folds.asked] == [8, 4, 2]
 
 
+@pytest.mark.parametrize(("patience", "rungs"), [(1, [9, 3, 2, 2]), (2, [9, 9, 3, 2]), (3, [9, 9, 9, 3]), (4, [9] * 4)])
+def test_before_a_candidate_may_be_dropped_it_has_so_many_steps(patience, rungs):
+    scored, folds = of([number / 100 for number in range(9)], steps=4, patience=patience)
+    assert [len(rung) for rung in folds.asked] == rungs
+    assert sum(each.state == "COMPLETE" for each in scored) == rungs[-1]
+
+
+def test_with_patience_the_mean_of_all_these_steps_decides():
+    by_fold = {0: (0.9, 0.1, 0.5), 1: (0.1, 0.95, 0.5), 2: (0.6, 0.6, 0.5), 3: (0.4, 0.5, 0.5)}
+    folds = Folds(lambda own, step: by_fold[round(own["x"] * 10)][step])
+    defaults = [{"x": number / 10} for number in range(4)]
+    search(PLAIN, defaults, [], 3, folds, direction="maximize", seed=0, patience=2)
+    assert folds.rungs_asked == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2]]
+
+
 def test_of_equal_ones_the_earlier_goes_on():
     _, folds = of([0.5] * 9)
     assert folds.rungs_asked == [list(range(9)), [0, 1, 2], [0, 1]]
@@ -245,7 +260,12 @@ def test_proposing_tells_nobody_of_the_studies_that_it_makes(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("steps", "reduction", "defaults"), [(0, 3, DEFAULTS), (3, 1, DEFAULTS), (3, 3, [])])
-def test_impossible_numbers_are_refused(steps, reduction, defaults):
+@pytest.mark.parametrize(
+    ("steps", "reduction", "patience", "defaults"),
+    [(0, 3, 1, DEFAULTS), (3, 1, 1, DEFAULTS), (3, 3, 0, DEFAULTS), (3, 3, 1, [])],
+)
+def test_impossible_numbers_are_refused(steps, reduction, patience, defaults):
     with pytest.raises(ValueError, match="make no search"):
-        search(SPACE, defaults, [], steps, Folds(), direction="maximize", seed=0, reduction=reduction)
+        search(
+            SPACE, defaults, [], steps, Folds(), direction="maximize", seed=0, reduction=reduction, patience=patience
+        )
