@@ -154,12 +154,10 @@ def _climb(
             for each in going:
                 each.state = "PRUNED"
             going = []
-        elif step + 1 < patience and step + 1 < steps:
-            pass
         elif step + 1 < steps:
             best = _best(scored, step + 1, sign, reduction)
             for each in going:
-                if each.number not in best:
+                if step + 1 >= patience and each.number not in best:
                     each.state, each.dropped = "PRUNED", True
             going = [each for each in going if not each.dropped]
         else:
