@@ -129,6 +129,19 @@ def test_one_of_a_later_generation_goes_on_only_if_it_is_in_the_best_third_of_al
     assert all(each.dropped for each in scored if each.state == "PRUNED")
 
 
+def test_a_new_one_is_compared_with_the_others_on_the_folds_that_it_has_itself():
+    """On the first fold it is the third of five, of which two go on; the means of all their folds are below its value."""
+    worth = {0: (0.9, 0.1, 0.1), 1: (0.8, 0.1, 0.1), 2: (0.2,), 3: (0.2,), 4: (0.5,)}
+    defaults = [{"x": number / 10} for number in range(4)]
+    scored, _ = search(
+        *(PLAIN, defaults, [1], 3, lambda requests: {each.number: worth[each.number][each.step] for each in requests}),
+        direction="maximize",
+        seed=0,
+    )
+    assert [each.results for each in scored] == [[0.9, 0.1, 0.1], [0.8, 0.1, 0.1], [0.2], [0.2], [0.5]]
+    assert scored[4].dropped
+
+
 def test_minimizing_is_maximizing_the_opposite():
     up, _ = searched(Folds())
     down, _ = searched(Folds(lambda own, step: -value(own, step)), direction="minimize")
