@@ -130,7 +130,7 @@ def test_one_of_a_later_generation_goes_on_only_if_it_is_in_the_best_third_of_al
 
 
 def test_a_new_one_is_compared_with_the_others_on_the_folds_that_it_has_itself():
-    """On the first fold it is the third of five, of which two go on; the means of all their folds are below its value."""
+    """On the first fold it is the third of five, of which two go on; the means of all their folds are below its own."""
     worth = {0: (0.9, 0.1, 0.1), 1: (0.8, 0.1, 0.1), 2: (0.2,), 3: (0.2,), 4: (0.5,)}
     defaults = [{"x": number / 10} for number in range(4)]
     scored, _ = search(
