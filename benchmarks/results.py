@@ -32,7 +32,7 @@ def write(folder: str | Path, config: str, rows: Sequence[Mapping[str, Any]], **
     content = {
         "config": config,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": ["python", "-m", *_module(), *sys.argv[1:]],
+        "command": ["python", "-m", *_module(), *map(_without_place, sys.argv[1:])],
         "commit": rundir.commit(),
         "versions": rundir.environment(seed=None)["versions"],
         "hardware": hardware,
@@ -41,6 +41,11 @@ def write(folder: str | Path, config: str, rows: Sequence[Mapping[str, Any]], **
     }
     rundir.write_json(path, content)
     return path
+
+
+def _without_place(argument: str) -> str:
+    """A path of this machine by its name; anything else as it is."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def table(folder: str | Path, columns: Sequence[str]) -> str:
