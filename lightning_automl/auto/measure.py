@@ -297,8 +297,8 @@ class _Measuring:
 
 def _in_order(known: Mapping[str, Any]) -> dict[str, Any]:
     """The same in the order in which arms are tried, whichever was measured sooner."""
-    first = in_order(name for name in known if name != SEARCH)
-    return {name: known[name] for name in (*first, *(known.keys() - set(first)))}
+    arms = in_order(name for name in known if name != SEARCH)
+    return {name: known[name] for name in (*arms, SEARCH) if name in known}
 
 
 def part_of(facts: Facts, arm: Arm, *, gpu: bool = False) -> _Part:

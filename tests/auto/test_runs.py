@@ -87,6 +87,19 @@ def test_folds_of_the_search_do_without_those_of_the_comparison(directory, jobs)
     assert "fold" not in runs.config_of(Job(jobs[0].candidate, None, 7))["data"]["init_args"]
 
 
+def test_a_final_run_on_a_fold_is_trained_on_all_others_and_keeps_its_network(directory, jobs):
+    few = BREAST.from_dict({**BREAST.to_dict(), "counts": {**BREAST.counts, "val": [15, 14]}})
+    runs = runs_of(directory, few, PLAN, score)
+    job = Job(jobs[1].candidate, jobs[1].fold, jobs[1].seed, final=True)
+    config, searched = runs.config_of(job), runs.config_of(jobs[1])
+    assert (config["data"]["init_args"]["fold"], searched["data"]["init_args"]["without_folds"]) == (1, [3, 4])
+    assert "without_folds" not in config["data"]["init_args"]
+    assert (config["monitor"], searched["monitor"]) == ("epoch", "val_auroc")
+    (outcome,) = runs.each([job])
+    assert outcome.place.name == "final-fold-1-seed-7" != runs.place(jobs[1]).name
+    assert (outcome.place / "checkpoints" / "best.ckpt").exists()
+
+
 def test_without_a_comparison_to_come_they_train_on_its_folds_too_in_another_place(directory, jobs):
     runs = runs_of(directory, BREAST, {**PLAN, "comparison": None}, score)
     assert "without_folds" not in runs.config_of(jobs[1])["data"]["init_args"]
