@@ -66,6 +66,9 @@ _DESCRIPTION = "lightning_automl"
 _ALL_FAILED = 4
 _MOST_FAILED = 10
 
+#: Seconds to wait for another process to choose the values of a trial, which takes milliseconds.
+_CHOOSING = 10.0
+
 Score = Callable[[Candidate], float | Sequence[float]]
 
 
@@ -297,6 +300,7 @@ class _Search:
         self.futures: dict[Future[Any], Candidate] = {}
         self.pruning = threading.Lock()
         self.own: list[tuple[TrialState, str]] = []  # how the trials of this call ended, less the lost ones
+        self._settled = 0  # when the last trial was asked for
         self._crowded = -1
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="score")
 
@@ -341,7 +345,8 @@ class _Search:
         trials = self._read()
         if self.limits.reached() or self._is_full(trials):
             return False
-        if not _any_waiting(trials) and (self._is_exhausted(trials) or self._crowded == _number_ended(trials)):
+        self._settled = _number_settled(trials)
+        if not _any_waiting(trials) and (self._is_exhausted(trials) or self._crowded == self._settled):
             return False
         return not isinstance(self.study.sampler, _Paced) or self.study.sampler.wanted(self.study)
 
@@ -396,7 +401,7 @@ class _Search:
         A new trial is superfluous when those with smaller numbers are enough, and one that was waiting when all others
         are. So of those that go beyond the limit the last one always notices it, whoever has begun when.
         """
-        trials = self._read()
+        trials = self._read_after_choice(trial.number)
         own = trials[trial.number]
         was_waiting = "fixed_params" in own.system_attrs
         again = False
@@ -405,10 +410,11 @@ class _Search:
             reason = f"trial {own.user_attrs['retry_of']} is continued by another one"
         elif not was_waiting and (same := self._same_point(own, trials)) is not None:
             reason = f"trial {same.number} has the same values, and all are tried once"
-            if isinstance(self.study.sampler, BruteForceSampler):
-                if same.state.is_finished():  # it repeats what is finished only when there is nothing else
-                    self.study.set_user_attr("exhausted", type(self.study.sampler).__name__)
-                self._crowded = _number_ended(trials) + 1  # this one ends too
+            settled = _number_settled(trials)
+            running = any(each.state == TrialState.RUNNING and each.number != own.number for each in trials)
+            if isinstance(self.study.sampler, BruteForceSampler) and running and settled == self._settled + 1:
+                # Nothing else came in between, so it has only what is running, or is under values being chosen.
+                self._crowded = settled + 1  # this one ends too
         elif self.trials is not None and self.trials <= sum(was_waiting or each.number < own.number for each in others):
             reason = f"the limit of {self.trials} trials was reached by another process"
             again = was_waiting or goes_through(self.study.sampler)
@@ -417,6 +423,23 @@ class _Search:
             return own
         give_up(self.study, own, f"withdrawn: {reason}", self.worker, again=again)
         return None
+
+    def _read_after_choice(self, number: int) -> list[FrozenTrial]:
+        """All trials, once those with smaller numbers that may come to the same point have chosen their values."""
+        deadline = time.monotonic() + _CHOOSING
+        while True:
+            trials = self._read()
+            values = trials[number].params.items()
+            if not goes_through(self.study.sampler) or time.monotonic() >= deadline:
+                return trials
+            choosing = (
+                each
+                for each in trials[:number]
+                if each.state == TrialState.RUNNING and "directory" not in each.user_attrs
+            )
+            if not any(each.params.items() <= values and self.watch.lives(each) is not False for each in choosing):
+                return trials
+            time.sleep(0.01)
 
     def _same_point(self, own: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """An earlier trial at the same point, for samplers that go through all points."""
@@ -607,8 +630,9 @@ def _any_waiting(trials: Sequence[FrozenTrial]) -> bool:
     return any(trial.state == TrialState.WAITING for trial in trials)
 
 
-def _number_ended(trials: Sequence[FrozenTrial]) -> int:
-    return sum(trial.state.is_finished() for trial in trials)
+def _number_settled(trials: Sequence[FrozenTrial]) -> int:
+    """Grows whenever the values of a trial have been chosen, and when a trial has ended."""
+    return sum(trial.state.is_finished() + ("directory" in trial.user_attrs) for trial in trials)
 
 
 def _commonest(reasons: Sequence[str]) -> str:

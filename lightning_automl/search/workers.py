@@ -25,13 +25,14 @@ import re
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BruteForceSampler, GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -219,12 +220,32 @@ def end_trial(
     except RuntimeError as error:
         if "Study.stop" not in str(error):
             raise
-        study.set_user_attr("exhausted", type(study.sampler).__name__)
+        if _has_nothing_left(study, trial if isinstance(trial, int) else trial.number):
+            study.set_user_attr("exhausted", type(study.sampler).__name__)
     except KeyError as error:
         # GridSampler 5.0 looks up the place in the grid of a trial that was enqueued and has none, once one is left.
         if error.args != ("grid_id",):
             raise
     return True
+
+
+def _has_nothing_left(study: optuna.Study, number: int) -> bool:
+    """Whether a sampler that calls ``study.stop()`` when this trial has ended is right about it.
+
+    BruteForceSampler takes a value for visited, with all that is below it, when another process is just choosing there.
+    Its strict form knows better, and begins running points twice.
+    """
+    if not isinstance(study.sampler, BruteForceSampler):
+        return True
+    trial = study.get_trials(deepcopy=False)[number]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        strict = BruteForceSampler(avoid_premature_stop=True)
+    try:
+        strict.after_trial(study, trial, trial.state, trial.values)
+    except RuntimeError:
+        return True
+    return False
 
 
 def complete(study: optuna.Study, space: Space, trial: FrozenTrial) -> None:

@@ -167,6 +167,54 @@ def test_all_points_are_visited_once_by_two_processes(name):
     check_once(studies[0], points)
 
 
+class Interrupted(BruteForceSampler):
+    """Lets another process do something when this one has chosen all values of a trial and noted all but the last."""
+
+    def __init__(self, other):
+        super().__init__(seed=0)
+        self.other = other
+
+    def sample_independent(self, study, trial, name, distribution):
+        value = super().sample_independent(study, trial, name, distribution)
+        values = {**trial.params, name: value}
+        if self.other is not None and len(values) == (2 if values["n"] == 1 else 3):
+            other, self.other = self.other, None
+            other(values)
+        return value
+
+
+def test_a_value_under_which_others_are_being_chosen_is_not_taken_for_visited():
+    storage = InMemoryStorage()
+
+    def visit(values):
+        assert values["n"] == 1
+        other = opened(Interrupted(None), TREE, storage=storage)
+        search(other, TREE, lambda candidate: 1.0, trials=7)  # the six points with n=2, and the one being chosen
+
+    study = opened(Interrupted(visit), TREE, storage=storage)
+    search(study, TREE, lambda candidate: 1.0, enqueue=[{"n": 1}])
+    check_once(study, 9)
+
+
+def test_a_point_that_another_process_has_visited_meanwhile_does_not_end_the_search():
+    storage = InMemoryStorage()
+    other = opened(Interrupted(None), TREE, storage=storage)
+    with working() as worker:
+        trial = other.ask()
+        trial.set_user_attr("worker", worker)
+
+        def visit(values):
+            for name, value in values.items():
+                distribution = TREE.distributions()[name]
+                storage.set_trial_param(trial._trial_id, name, distribution.to_internal_repr(value), distribution)
+            other.tell(trial, 1.0)
+
+        study = opened(Interrupted(visit), TREE, storage=storage)
+        search(study, TREE, lambda candidate: 1.0)
+    check_once(study, 9)
+    assert sum(map(is_lost, study.get_trials())) == 1  # the one that came to the same point
+
+
 @pytest.mark.parametrize("name", ["grid", "brute force"])
 @pytest.mark.parametrize("asked", [0, 1, 2], ids=["before any value", "between values", "after all values"])
 def test_a_point_that_was_lost_is_visited_again(name, asked):
