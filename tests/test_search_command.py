@@ -42,7 +42,7 @@ def test_trials_of_two_ranks_end_in_every_way_with_their_reason(searched, tmp_pa
         + [{"fault": fault, "lr": 0.1} for fault in faults if fault != "none"],
         pruner={"class_path": "MedianPruner", "init_args": {"n_startup_trials": 2, "n_warmup_steps": 0}},
         trials=3 + len(faults) - 1,
-        hang_timeout="6s",
+        hang_timeout="15s",
     )
     rows = {row["fault"] + row["lr"]: row for row in rows_of(tmp_path / "study")}
     assert [rows[f"none{lr}"]["state"] for lr in ("0.1", "0.2", "0.0001")] == ["COMPLETE", "COMPLETE", "PRUNED"]

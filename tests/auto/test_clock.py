@@ -101,8 +101,6 @@ with Clock(Path({str(tmp_path)!r}), 60, every=0.05) as clock:
             time.sleep(0.01)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    first = process.stdout.readline()
-    assert float(first) < 1
     while not (tmp_path / "progress.json").exists() or kept(tmp_path)["seconds"] < 0.3:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

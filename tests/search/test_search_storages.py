@@ -27,7 +27,7 @@ from lightning_automl.search.study import open_study, search
 from lightning_automl.search.trials import free_port
 from lightning_automl.search.workers import counts, end_trial
 
-# A process that takes part in a study; it prints a line when it begins to.
+# A process that takes part in a study of several, and scores nothing before all do.
 WORKER = """
 import sys
 import time
@@ -37,28 +37,26 @@ from lightning_automl.search.spaces import Space
 from lightning_automl.search.storages import open_storage
 from lightning_automl.search.study import open_study, search
 
-url, trials, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+url, trials, processes, seed = sys.argv[1], *map(int, sys.argv[2:])
 space = Space.parse({"x": {"float": [0, 1]}})
 storage, _ = open_storage(url, Path("."))
 study, _ = open_study("shared", storage, ["minimize"], RandomSampler(seed=seed), None, space=space)
-print("ready", flush=True)
 
 def score(candidate):
+    while len({trial.user_attrs.get("worker", {}).get("pid") for trial in study.get_trials()} - {None}) < processes:
+        time.sleep(0.02)  # however long the others take to start
     candidate.report(1, candidate.values["x"])
     time.sleep(0.02)
     return candidate.values["x"]
 
 search(study, space, score, trials=trials, beat=0.5)
-print("done", flush=True)
 """
 
 
 def share(url, trials=20, processes=2):
     """Let several processes work on one study; return it."""
-    started = [
-        subprocess.Popen([sys.executable, "-c", WORKER, url, str(trials), str(seed)], stderr=subprocess.PIPE, text=True)
-        for seed in range(processes)
-    ]
+    command = [sys.executable, "-c", WORKER, url, str(trials), str(processes)]
+    started = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE, text=True) for seed in range(processes)]
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

@@ -222,13 +222,13 @@ def test_a_crash_in_native_code_leaves_its_place_in_the_log(run):
 
 
 def test_a_rank_that_hangs_is_killed_with_its_group(run):
-    ending = run(["start_worker", "beat", 10_000, 0.1], ["start_worker", "hang"], silence=1.0)
-    assert ending == Ending("failed", None, "rank 1 was silent for 1 s (killed)", "")
+    ending = run(["start_worker", "beat", 10_000, 0.1], ["start_worker", "hang"], silence=3.0)
+    assert ending == Ending("failed", None, "rank 1 was silent for 3 s (killed)", "")
     assert [state(pid) for pid in run.pids()] == [None] * 4
 
 
 def test_beats_break_the_silence_and_are_told_to_nobody(run):
-    assert run(["beat", 12, 0.25], silence=2.0) == Ending("done", {"beats": 12})
+    assert run(["beat", 12, 0.5], silence=4.0) == Ending("done", {"beats": 12})
     assert run.messages == []
 
 
@@ -237,23 +237,23 @@ def test_the_time_of_an_answer_is_nobodys_silence(run, tmp_path):
 
     def slowly(message):
         if "step" in message:
-            time.sleep(3)
+            time.sleep(5)
             (tmp_path / "answered").touch()
 
-    ending = run(["ask", 1], ["wait_for", str(tmp_path / "answered"), 0.5], silence=2.0, on_message=slowly)
+    ending = run(["ask", 1], ["wait_for", str(tmp_path / "answered"), 0.5], silence=4.0, on_message=slowly)
     assert ending == Ending("done", {"answers": [None]})
 
 
 def test_a_trial_that_takes_too_long_is_killed(run):
-    ending = run(["start_worker", "beat", 10_000, 0.1], timeout=1.0)
-    assert ending == Ending("failed", None, "the trial took longer than 1 s (killed)", "")
+    ending = run(["start_worker", "beat", 10_000, 0.1], timeout=3.0)
+    assert ending == Ending("failed", None, "the trial took longer than 3 s (killed)", "")
     assert [state(pid) for pid in run.pids()] == [None, None]
 
 
 def test_a_rank_that_does_not_end_after_rank_0_is_killed(run, monkeypatch):
-    monkeypatch.setattr(trials, "LEAVING", 0.5)
+    monkeypatch.setattr(trials, "LEAVING", 2.0)
     ending = run(["back", {}], ["start_worker", "hang"])
-    assert ending == Ending("failed", None, "rank 1 had not ended 0.5 s after rank 0 (killed)", "")
+    assert ending == Ending("failed", None, "rank 1 had not ended 2 s after rank 0 (killed)", "")
     assert [state(pid) for pid in run.pids()] == [None, None]
 
 
