@@ -1,5 +1,6 @@
 """What an architecture costs: an expectation that alphas can make smaller, and a limit for what is found."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -300,7 +301,7 @@ class ArchitectureCost(nn.Module):
     def _budget(self) -> int:
         """What edges may cost together, such that the sum with the rest is no more than the limit."""
         assert self.limit is not None
-        most = int(self.limit * _PER_UNIT[self.of])
+        most = math.ceil(self.limit * _PER_UNIT[self.of])  # the product may be a little below the whole number it is
         while most / _PER_UNIT[self.of] > self.limit:
             most -= 1
         return most - int(self.rest)

@@ -455,6 +455,18 @@ def test_the_limit_holds_for_latencies():
         assert cost.of_genotype(model, cost.within_limit(model)) <= cost.limit
 
 
+def test_a_limit_of_exactly_what_a_network_costs_leaves_its_nanoseconds():
+    cost = prepared("latency", set_alphas(darts()))
+    rounded_down = 0
+    for whole in range(1_000_000, 1_002_000):
+        cost.limit = whole / 10**6
+        rounded_down += int(cost.limit * 10**6) < whole
+        assert cost._budget() == whole - int(cost.rest)
+        cost.limit = (whole - 0.5) / 10**6
+        assert cost._budget() == whole - 1 - int(cost.rest)
+    assert rounded_down
+
+
 # ---- latencies
 
 
