@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
-import optuna
 import yaml
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler, TPESampler
@@ -22,6 +20,7 @@ from lightning_automl.rundir import UserError
 from lightning_automl.search.pruners import check_pruner
 from lightning_automl.search.samplers import GroupwiseSampler, PopulationSampler
 from lightning_automl.search.spaces import Space
+from lightning_automl.search.storages import allowing_experiments
 from lightning_automl.search.study import derived_seed
 from lightning_automl.studies.runs import COSTS
 
@@ -238,7 +237,7 @@ class SearchConfig:
     def _method(self) -> "PolicyMethod":
         """How policies are searched; what the search leaves open is filled in."""
         given = self.given
-        with _quietly():
+        with allowing_experiments():
             try:
                 method: PolicyMethod = self._parser.instantiate_classes(_namespace(method=given.method)).method
             except Exception as error:
@@ -347,7 +346,7 @@ class SearchConfig:
         spec = self.given.sampler
         if any(map(self.is_sampler, (GridSampler, PopulationSampler, QMCSampler))):
             existing, token = 0, ""
-        with _quietly():
+        with allowing_experiments():
             if spec is None:
                 return TPESampler(seed=derived_seed(self.given.seed, existing, token))
             spec = spec.clone()
@@ -375,7 +374,7 @@ class SearchConfig:
         spec = self.given.pruner
         if spec is None:
             return None
-        with _quietly():
+        with allowing_experiments():
             try:
                 pruner: BasePruner = self._parser.instantiate_classes(_namespace(pruner=spec)).pruner
             except Exception as error:
@@ -461,14 +460,6 @@ def _namespace(**values: Any) -> jsonargparse.Namespace:
 def _refused(what: str, error: Exception) -> UserError:
     cause = root_cause(error)
     return UserError(f"the {what} cannot be made: {one_sentence(cause)}")
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Optuna's remarks that what was asked for is experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 def _as_list(value: Any) -> list[Any]:

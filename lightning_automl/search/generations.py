@@ -8,7 +8,6 @@ depend on which of two parallel runs was faster, and a search that was killed wo
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_automl.search.spaces import Space
+from lightning_automl.search.storages import allowing_experiments
 from lightning_automl.search.study import derived_seed
 
 #: Values that are new are asked for so many times, then drawn at random so many times; a small space has no more.
@@ -184,8 +184,7 @@ def propose(space: Space, scored: Sequence[Scored], size: int, *, direction: str
     Returns:
         At most ``size``; fewer where the space holds no more.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with allowing_experiments():
         sampler = TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=1, seed=seed)
     drawn = RandomSampler(seed=seed)
     study = study_of(space, scored, direction, sampler=sampler)

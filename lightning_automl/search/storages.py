@@ -109,6 +109,14 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
+def allowing_experiments() -> Iterator[None]:
+    """Without Optuna's remarks that what was asked for is experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
 def telling_full_disks() -> Iterator[None]:
     """Turn what a storage raises on a full disk into a :class:`~lightning_automl.rundir.DiskFullError`."""
     try:
@@ -199,8 +207,7 @@ def _open_proxy(url: str) -> tuple[BaseStorage, str]:
     if host is None:
         raise UserError(f"the storage {_hidden(url)} names no host; give it as grpc://HOST:PORT")
     shown = f"grpc://{host}:{port}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with allowing_experiments():
         storage = GrpcStorageProxy(host=f"[{host}]" if ":" in host else host, port=port)
     try:
         storage.wait_server_ready(timeout=CONNECT_SECONDS)

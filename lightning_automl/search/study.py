@@ -48,6 +48,7 @@ from lightning_automl.search.workers import (
     end_trial,
     give_up,
     goes_through,
+    has_values,
     is_lost,
     is_repeated,
     recover,
@@ -427,19 +428,21 @@ class _Search:
     def _read_after_choice(self, number: int) -> list[FrozenTrial]:
         """All trials, once those with smaller numbers that may come to the same point have chosen their values."""
         deadline = time.monotonic() + _CHOOSING
-        while True:
-            trials = self._read()
-            values = trials[number].params.items()
-            if not goes_through(self.study.sampler) or time.monotonic() >= deadline:
-                return trials
-            choosing = (
-                each
-                for each in trials[:number]
-                if each.state == TrialState.RUNNING and "directory" not in each.user_attrs
-            )
-            if not any(each.params.items() <= values and self.watch.lives(each) is not False for each in choosing):
-                return trials
+        trials = self._read()
+        while self._others_choose(trials[number], trials[:number]) and time.monotonic() < deadline:
             time.sleep(0.01)
+            trials = self._read()
+        return trials
+
+    def _others_choose(self, own: FrozenTrial, earlier: Sequence[FrozenTrial]) -> bool:
+        """Whether another process may be coming to the point of this trial, of a sampler that visits each once."""
+        return goes_through(self.study.sampler) and any(
+            each.state == TrialState.RUNNING
+            and not has_values(each)
+            and each.params.items() <= own.params.items()
+            and self.watch.lives(each) is not False
+            for each in earlier
+        )
 
     def _same_point(self, own: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """An earlier trial at the same point, for samplers that go through all points."""
@@ -632,7 +635,7 @@ def _any_waiting(trials: Sequence[FrozenTrial]) -> bool:
 
 def _number_settled(trials: Sequence[FrozenTrial]) -> int:
     """Grows whenever the values of a trial have been chosen, and when a trial has ended."""
-    return sum(trial.state.is_finished() + ("directory" in trial.user_attrs) for trial in trials)
+    return sum(trial.state.is_finished() + has_values(trial) for trial in trials)
 
 
 def _commonest(reasons: Sequence[str]) -> str:

@@ -25,18 +25,18 @@ import re
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BruteForceSampler, GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_automl.search.spaces import Space
+from lightning_automl.search.storages import allowing_experiments
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +193,11 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state != TrialState.WAITING and not is_lost(trial)
 
 
+def has_values(trial: FrozenTrial) -> bool:
+    """Whether all values of a trial of a search have been chosen: then its directory is noted."""
+    return "directory" in trial.user_attrs
+
+
 def goes_through(sampler: optuna.samplers.BaseSampler) -> bool:
     """Whether a sampler visits every point of the space once, so that a point that was not scored has to come again."""
     return isinstance(sampler, GridSampler | BruteForceSampler)
@@ -238,8 +243,7 @@ def _has_nothing_left(study: optuna.Study, number: int) -> bool:
     if not isinstance(study.sampler, BruteForceSampler):
         return True
     trial = study.get_trials(deepcopy=False)[number]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with allowing_experiments():
         strict = BruteForceSampler(avoid_premature_stop=True)
     try:
         strict.after_trial(study, trial, trial.state, trial.values)
@@ -250,7 +254,7 @@ def _has_nothing_left(study: optuna.Study, number: int) -> bool:
 
 def complete(study: optuna.Study, space: Space, trial: FrozenTrial) -> None:
     """Let the sampler choose the values that a running trial lacks, since its owner died while it was asking."""
-    if "directory" not in trial.user_attrs:  # which is noted when all values are there
+    if not has_values(trial):
         with contextlib.suppress(UpdateFinishedTrialError):
             space.suggest(optuna.Trial(study, trial._trial_id))
 

@@ -100,7 +100,10 @@ with Clock(Path({str(tmp_path)!r}), 60, every=0.05) as clock:
             print(clock.spent(), flush=True)
             time.sleep(0.01)
 """
+    started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    assert 0 <= float(first) <= time.monotonic() - started  # it counts from its own start
     while not (tmp_path / "progress.json").exists() or kept(tmp_path)["seconds"] < 0.3:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

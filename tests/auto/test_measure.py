@@ -254,6 +254,7 @@ def test_arms_are_measured_by_processes_of_the_trial_server(request, tmp_path, m
         # what is left of a run without its epochs may be nothing, if the second one happened to take very long
         assert all(value > 0 or name in ("fixed_seconds", "overhead_seconds") for name, value in known.items())
         assert all(value >= 0 for value in known.values())
+    assert any(known["overhead_seconds"] > 0 for known in found["arms"].values())
     kept = yaml.safe_load((tmp_path / "auto" / "arms" / "cnn.yaml").read_text())
     assert kept["model"]["class_path"].endswith(".ClassificationTask")
     assert kept["data"]["init_args"]["fold"] is None

@@ -196,7 +196,8 @@ def test_a_value_under_which_others_are_being_chosen_is_not_taken_for_visited():
     check_once(study, 9)
 
 
-def test_a_point_that_another_process_has_visited_meanwhile_does_not_end_the_search():
+@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["before it is noted", "after it is noted"])
+def test_a_point_that_another_process_comes_to_meanwhile_is_visited_once_and_ends_no_search(seconds):
     storage = InMemoryStorage()
     other = opened(Interrupted(None), TREE, storage=storage)
     with working() as worker:
@@ -209,7 +210,13 @@ def test_a_point_that_another_process_has_visited_meanwhile_does_not_end_the_sea
                 storage.set_trial_param(trial._trial_id, name, distribution.to_internal_repr(value), distribution)
             other.tell(trial, 1.0)
 
-        study = opened(Interrupted(visit), TREE, storage=storage)
+        def visit_in_time(values):
+            later = threading.Timer(seconds, visit, [values])
+            later.start()
+            if not seconds:
+                later.join()
+
+        study = opened(Interrupted(visit_in_time), TREE, storage=storage)
         search(study, TREE, lambda candidate: 1.0)
     check_once(study, 9)
     assert sum(map(is_lost, study.get_trials())) == 1  # the one that came to the same point
